@@ -1,0 +1,285 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Scripted players: baselines to compare a model with, experts to learn from, oracles for tests.
+
+They choose from the legal actions by the rewards they got. What `info` tells beyond that (`regret`, `expected_reward`)
+is for the evaluation, and no player reads it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from .envs.tictactoe import optimal_actions
+from .types import ParsedAction, StopReason, Trajectory, Turn
+
+
+class Agent(ABC):
+    """A player. The order of calls is `reset`, then `act` and `update` for each step."""
+
+    def reset(self, *, legal_actions: list[str], seed: int) -> None:
+        """
+        Forgets the last episode.
+
+        Args:
+            legal_actions (`list[str]`):
+                What may be played at the first step, in the environment's order.
+            seed (`int`):
+                Fixes what the player chooses at random. It may be the environment's seed.
+        """
+        self.legal_actions = list(legal_actions)
+        # Not NumPy's generator: seeded alike, the environment's and the player's would draw the same numbers, and the
+        # player's chance would foretell the environment's.
+        self.rng = random.Random(seed)
+
+    @abstractmethod
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        """Returns one of the legal actions."""
+
+    def update(self, action: str, reward: float, info: Mapping[str, Any]) -> None:  # noqa: B027
+        """Learns from a step. The base class learns nothing."""
+
+    def legal(self, info: Mapping[str, Any]) -> list[str]:
+        """The actions that are legal now; those of the first step if `info` tells none."""
+        return info.get("legal_actions", self.legal_actions)
+
+
+class RandomAgent(Agent):
+    """Plays each legal action with the same probability."""
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        return self.rng.choice(self.legal(info))
+
+
+class BanditAgent(Agent):
+    """Keeps `pulls` and `totals` (summed rewards) of each action, and plays the one with the highest `score`."""
+
+    def reset(self, *, legal_actions: list[str], seed: int) -> None:
+        super().reset(legal_actions=legal_actions, seed=seed)
+        self.pulls = dict.fromkeys(legal_actions, 0)
+        self.totals = dict.fromkeys(legal_actions, 0.0)
+        self.steps = 0
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        return max(self.legal(info), key=self.score)  # the first of equals, so untried actions go in order
+
+    def update(self, action: str, reward: float, info: Mapping[str, Any]) -> None:
+        self.pulls[action] = self.pulls.get(action, 0) + 1
+        self.totals[action] = self.totals.get(action, 0.0) + reward
+        self.steps += 1
+
+    @abstractmethod
+    def score(self, action: str) -> float:
+        """How much the action is worth playing now."""
+
+
+class GreedyAgent(BanditAgent):
+    r"""
+    Plays each action once in order, then the one with the highest mean reward; the first of equals.
+
+    $$ \text{score}(a) = \hat{\mu}_a, \qquad \infty \text{ if untried} $$
+    """
+
+    def score(self, action: str) -> float:
+        pulls = self.pulls.get(action, 0)
+        return self.totals[action] / pulls if pulls else math.inf
+
+
+class UCBAgent(GreedyAgent):
+    r"""
+    Plays each action once in order, then the one with the highest upper confidence bound; the first of equals.
+
+    $$ \text{score}(a) = \hat{\mu}_a + b(t, n_a) $$
+
+    for \\( n_a \\) plays of the action in \\( t \\) steps, from [Finite-time Analysis of the Multiarmed Bandit
+    Problem](https://doi.org/10.1023/A:1013689704352). The bonuses are meant for rewards on the scale of 1; they do not
+    adapt to the noise.
+
+    Args:
+        bonus (`str`, *optional*, defaults to `"ucb1"`):
+            \\( b(t, n) \\): `"ucb1"` is \\( \sqrt{2 \ln t / n} \\), the usual one; `"sqrt_n"` is
+            \\( \sqrt{1 / n} \\), of the expert that "LLMs are Greedy Agents" clones; `"half_ln"` is
+            \\( \sqrt{0.5 \ln t / n} \\), BanditBench's.
+    """
+
+    BONUSES = {
+        "ucb1": lambda t, n: math.sqrt(2 * math.log(t) / n),
+        "sqrt_n": lambda t, n: math.sqrt(1 / n),
+        "half_ln": lambda t, n: math.sqrt(0.5 * math.log(t) / n),
+    }
+
+    def __init__(self, bonus: str = "ucb1"):
+        if bonus not in self.BONUSES:
+            raise ValueError(f"bonus={bonus!r} is unknown. Use one of {', '.join(map(repr, self.BONUSES))}.")
+        self.bonus = bonus
+
+    def score(self, action: str) -> float:
+        mean = super().score(action)
+        return mean if mean == math.inf else mean + self.BONUSES[self.bonus](self.steps, self.pulls[action])
+
+
+class ThompsonAgent(BanditAgent):
+    r"""
+    Draws a mean for each action from what it believes about it, and plays the highest draw.
+
+    With \\( n \\) rewards of sum \\( s \\) from an action, it believes
+
+    $$ \mu \sim \text{Beta}(1 + s, 1 + n - s) \qquad \text{or} \qquad \mu \sim N\!\left(
+    \frac{m / \tau^2 + s / \sigma^2}{1 / \tau^2 + n / \sigma^2}, \frac{1}{1 / \tau^2 + n / \sigma^2} \right) $$
+
+    for the priors Beta(1, 1) and \\( N(m, \tau^2) \\).
+
+    Args:
+        prior (`str`, *optional*, defaults to `"beta"`):
+            `"beta"` for rewards in [0, 1], exact if they are 0 or 1. `"gaussian"` for any reward, exact if it is
+            Gaussian with standard deviation `sigma`.
+        sigma (`float`, *optional*, defaults to `1.0`):
+            \\( \sigma \\), the standard deviation of a reward around its mean. Unused by the Beta prior, like the
+            next two.
+        prior_mean (`float`, *optional*, defaults to `0.0`):
+            \\( m \\), the mean that an action is believed to have before it is played.
+        prior_std (`float`, *optional*, defaults to `1.0`):
+            \\( \tau \\), how far from `prior_mean` an action's mean is believed to lie. The defaults are what
+            `Bandit(means="normal", noise="medium")` draws from.
+    """
+
+    def __init__(self, prior: str = "beta", *, sigma: float = 1.0, prior_mean: float = 0.0, prior_std: float = 1.0):
+        if prior not in ("beta", "gaussian"):
+            raise ValueError(f"prior={prior!r} is unknown. Use one of 'beta', 'gaussian'.")
+        for name, value in (("sigma", sigma), ("prior_std", prior_std)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} is a standard deviation. Use a positive number.")
+        self.prior = prior
+        self.sigma = sigma
+        self.prior_mean = prior_mean
+        self.prior_std = prior_std
+
+    def update(self, action: str, reward: float, info: Mapping[str, Any]) -> None:
+        if self.prior == "beta" and not 0 <= reward <= 1:
+            raise ValueError(
+                f"reward={reward!r} with prior='beta', which needs rewards in [0, 1]. Use prior='gaussian'."
+            )
+        super().update(action, reward, info)
+
+    def score(self, action: str) -> float:
+        pulls, total = self.pulls.get(action, 0), self.totals.get(action, 0.0)
+        if self.prior == "beta":
+            return self.rng.betavariate(1 + total, 1 + pulls - total)
+        precision = self.prior_std**-2 + pulls * self.sigma**-2
+        mean = (self.prior_mean * self.prior_std**-2 + total * self.sigma**-2) / precision
+        return self.rng.gauss(mean, precision**-0.5)
+
+
+class MinimaxAgent(Agent):
+    """
+    Plays tic-tac-toe perfectly: one of the moves that keep the value of the game, each with the same probability.
+
+    Args:
+        fastest (`bool`, *optional*, defaults to `False`):
+            Whether to play the first of the moves that win soonest or lose latest, as LMAct's expert does.
+    """
+
+    def __init__(self, fastest: bool = False):
+        self.fastest = fastest
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        best = optimal_actions(info["board"], self.legal(info), fastest=self.fastest)
+        return best[0] if self.fastest else self.rng.choice(best)
+
+
+AGENTS = {
+    "random": RandomAgent,
+    "greedy": GreedyAgent,
+    "ucb": UCBAgent,
+    "thompson": ThompsonAgent,
+    "minimax": MinimaxAgent,
+}
+
+
+def make_agent(name: str, env: Any = None) -> Agent:
+    """
+    Makes a scripted player by its name.
+
+    Args:
+        name (`str`):
+            `"random"`, `"greedy"`, `"ucb"`, `"thompson"` (bandits) or `"minimax"` (tic-tac-toe).
+        env ([`~envs.Bandit`], *optional*):
+            What will be played. Thompson sampling takes its prior from how the bandit draws its means and rewards,
+            never from the means of an instance. Without it, Thompson sampling is for rewards in [0, 1].
+
+    Returns:
+        [`Agent`]: The player.
+    """
+    if name not in AGENTS:
+        raise ValueError(f"Player {name!r} is unknown. Use one of {', '.join(map(repr, AGENTS))}.")
+    env = getattr(env, "unwrapped", env)
+    if name == "thompson" and getattr(env, "distribution", None) == "gaussian":
+        if env.means == "uniform":  # the moments of U(0, 1)
+            return ThompsonAgent("gaussian", sigma=env.sigma, prior_mean=0.5, prior_std=12**-0.5)
+        if env.means == "normal":
+            return ThompsonAgent("gaussian", sigma=env.sigma, prior_std=env.sigma)
+        return ThompsonAgent("gaussian", sigma=env.sigma)
+    return AGENTS[name]()
+
+
+def play_episode(env: Any, agent: Agent, *, seed: int, max_turns: int | None = None) -> Trajectory:
+    """
+    Plays one episode with a scripted player.
+
+    Args:
+        env:
+            An environment that tells `info["legal_actions"]`.
+        agent ([`Agent`]):
+            The player.
+        seed (`int`):
+            Seeds the environment and the player.
+        max_turns (`int`, *optional*):
+            Ends an episode that is still going on after that many turns.
+
+    Returns:
+        [`Trajectory`]: The episode, its turns without tokens.
+    """
+    observation, reset_info = env.reset(seed=seed)
+    if "legal_actions" not in reset_info:
+        raise ValueError(f"{type(env).__name__} does not tell `info['legal_actions']`, and scripted players need it.")
+    agent.reset(legal_actions=reset_info["legal_actions"], seed=seed)
+
+    info = reset_info
+    turns: list[Turn] = []
+    stop = None
+    while stop is None:
+        action = agent.act(observation, info)
+        next_observation, reward, terminated, truncated, info = env.step(action)
+        agent.update(action, reward, info)
+        turns.append(
+            Turn(
+                observation=observation,
+                input_ids=(),
+                action_ids=(),
+                text=action,
+                parsed=ParsedAction(action),
+                executed=action,
+                reward=float(reward),
+                info=info,
+            )
+        )
+        observation = next_observation
+        if terminated:
+            stop = StopReason.TERMINATED
+        elif truncated:
+            stop = StopReason.TRUNCATED
+        elif len(turns) == max_turns:
+            stop = StopReason.MAX_TURNS
+
+    return Trajectory(
+        seed=seed,
+        turns=tuple(turns),
+        stop=stop,
+        instructions=getattr(getattr(env, "unwrapped", env), "instructions", ""),
+        final_observation=observation,
+        reset_info=reset_info,
+    )

@@ -1,0 +1,215 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+What the model reads each turn. A context turns an environment's text into token ids, and never re-tokenises a reply.
+
+A context is shared by all episodes; what one episode has read so far is its `Reader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+# For tokenizers without a chat template (base models): each message is a line, the reply ends with the EOS token.
+PLAIN_CHAT_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
+    "{% endfor %}"
+)
+
+# Stands for a reply while the template is rendered around it; no template or tokenizer alters plain letters.
+_REPLY = "trlagentsreply"
+
+
+@dataclass(frozen=True, slots=True)
+class Briefing:
+    """The texts of an environment that stay the same all episode long."""
+
+    instructions: str
+    history_header: str = "So far you have tried/seen:"
+    question: str = ""
+
+    @classmethod
+    def of(cls, env: Any) -> Briefing:
+        """Read the attributes of an environment; only `instructions` is required."""
+        return cls(
+            env.instructions,
+            getattr(env, "history_header", cls.__dataclass_fields__["history_header"].default),
+            getattr(env, "question", ""),
+        )
+
+
+class _Context:
+    """
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its chat template frames the messages; without one, [`PLAIN_CHAT_TEMPLATE`] does.
+        eos_token_ids (`list[int]`, *optional*):
+            Tokens that end a reply. Defaults to the tokenizer's own.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the chat template (for example `enable_thinking`).
+    """
+
+    appends: bool  # whether later turns only add to what was read
+
+    def __init__(self, tokenizer, eos_token_ids: list[int] | None = None, chat_template_kwargs: dict | None = None):
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids if eos_token_ids is not None else [tokenizer.eos_token_id])
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        if getattr(tokenizer, "chat_template", None) is None:
+            self.chat_template_kwargs.setdefault("chat_template", PLAIN_CHAT_TEMPLATE)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        """The text of a reply, without the token that ended it."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]):
+        raise NotImplementedError
+
+
+class ChatContext(_Context):
+    """
+    The conversation grows: each turn adds the environment's reply as a user message.
+
+    The ids of a turn are the ids of the last one, the sampled ids as they are, and the ids of what the template puts
+    between a reply and the next: `old ids + sampled ids + new ids`. One sequence holds the whole episode.
+    """
+
+    appends = True
+
+    def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]) -> ChatReader:
+        message = {"role": "user", "content": opening_message(briefing, observation)}
+        return ChatReader(self, self.encode(self.render([message])))
+
+    def between(self, message: str, last_id: int | None) -> list[int]:
+        """The ids from the end of a reply to the start of the next, around the user's `message`."""
+        rendered = self.render(
+            [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": _REPLY},
+                {"role": "user", "content": message},
+            ]
+        )
+        ids = self.encode(rendered.rpartition(_REPLY)[2])
+        # The template closes the reply; a reply that closed itself must not be closed twice. Some templates put a
+        # space before the closing token, hence the look a little further.
+        if last_id in self.eos_token_ids:
+            for position, token in enumerate(ids[:3]):
+                if token == last_id:
+                    return ids[position + 1 :]
+        return ids
+
+
+class ChatReader:
+    """What one episode has read and written so far, as one growing list of ids."""
+
+    def __init__(self, context: ChatContext, prompt_ids: list[int]):
+        self.context = context
+        self.prompt_ids = prompt_ids  # all the model reads at this turn
+        self.input_ids = prompt_ids  # what of it is new since the last sampled token
+
+    def observe(self, reply_ids: tuple[int, ...], executed: str | None, reward: float, observation: str, info) -> None:
+        """The environment answered: its observation is the next user message."""
+        self.ask(reply_ids, observation)
+
+    def ask(self, reply_ids: tuple[int, ...], message: str) -> None:
+        """Go on with `message` without a step of the environment (asking again after an invalid action)."""
+        self.input_ids = self.context.between(message, reply_ids[-1] if reply_ids else None)
+        self.prompt_ids = [*self.prompt_ids, *reply_ids, *self.input_ids]
+
+
+class WindowContext(_Context):
+    """
+    The prompt is rendered anew each turn: instructions, the last C transitions a line each, the open step, the
+    closing question (the form of [LLMs are Greedy Agents](https://huggingface.co/papers/2504.16078), section 3.1:
+    c_t = [input instruction; output instruction; last C transitions]). Thoughts are not kept.
+
+    A line is the environment's `info["transition"]` when it gives one, else `Step=k State=.. Action=.. Reward=..`.
+
+    Args:
+        window (`int`, *optional*):
+            C, the number of transitions kept. None keeps all, as the paper's budget of 1,792 tokens does for 50 steps.
+    """
+
+    appends = False
+
+    def __init__(
+        self,
+        tokenizer,
+        eos_token_ids: list[int] | None = None,
+        chat_template_kwargs: dict | None = None,
+        window: int | None = None,
+    ):
+        super().__init__(tokenizer, eos_token_ids, chat_template_kwargs)
+        if window is not None and window < 1:
+            raise ValueError(f"window={window!r} keeps no transition: give a positive number, or None to keep all.")
+        self.window = window
+
+    def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]) -> WindowReader:
+        return WindowReader(self, briefing, observation, info)
+
+
+class WindowReader:
+    """What one episode may look back on: its transitions, a line each, and the step that is open."""
+
+    def __init__(self, context: WindowContext, briefing: Briefing, observation: str, info: Mapping[str, Any]):
+        self.context, self.briefing = context, briefing
+        self.lines: list[str] = []
+        self.open = self.observation = observation
+        self.note = ""
+        self._render()
+
+    def observe(self, reply_ids: tuple[int, ...], executed: str | None, reward: float, observation: str, info) -> None:
+        """The environment answered: the open step becomes a line, the observation opens the next."""
+        self.lines.append(transition_line(len(self.lines), self.observation, executed, reward, info))
+        self.observation, self.note = observation, ""
+        self.open = observation.removeprefix(self.lines[-1]).strip("\n")
+        self._render()
+
+    def ask(self, reply_ids: tuple[int, ...], message: str) -> None:
+        """Ask the open step again, with `message` beside it."""
+        self.note = message
+        self._render()
+
+    def _render(self) -> None:
+        lines = self.lines if self.context.window is None else self.lines[-self.context.window :]
+        text = window_message(self.briefing, lines, self.open, self.note)
+        self.prompt_ids = self.context.encode(self.context.render([{"role": "user", "content": text}]))
+        self.input_ids = self.prompt_ids
+
+
+def opening_message(briefing: Briefing, observation: str) -> str:
+    """The first user message of a growing conversation."""
+    return "\n".join(part for part in (briefing.instructions, observation, briefing.question) if part)
+
+
+def window_message(briefing: Briefing, lines: Sequence[str], open_step: str = "", note: str = "") -> str:
+    """The one user message of a turn that looks back on `lines`, in the paper's order (figure 2)."""
+    history = [*lines, open_step] if open_step else list(lines)
+    header = [briefing.history_header] if history else []
+    parts = [briefing.instructions, *header, *history, note, briefing.question]
+    return "\n".join(part for part in parts if part)
+
+
+def transition_line(step: int, observation: str, action: str | None, reward: float, info: Mapping[str, Any]) -> str:
+    """One transition as a line: the environment's own `info["transition"]`, else made of its parts."""
+    if "transition" in info:
+        return info["transition"]
+    state = f" State={observation}" if observation else ""
+    return f"Step={step}{state} Action={action} Reward={format_reward(reward)}"
+
+
+def format_reward(reward: float) -> str:
+    """Whole numbers as such, others with two decimals, as the paper shows them (figure 22)."""
+    return f"{reward:.0f}" if float(reward).is_integer() else f"{reward:.2f}"

@@ -1,0 +1,65 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""From what a user names an environment by to an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+
+
+class ShowThrough(gymnasium.Wrapper):
+    """Lets `instructions` and the like be read through Gymnasium's wrappers, which otherwise hide them."""
+
+    def __getattr__(self, name: str) -> Any:
+        # Guards against endless recursion while unpickling or copying, before `env` is set.
+        if name.startswith("_") or name == "env":
+            raise AttributeError(name)
+        return self.env.get_wrapper_attr(name)
+
+
+def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
+    """
+    Makes one environment.
+
+    Args:
+        env (`str` or `Callable`):
+            An id that is registered with Gymnasium, such as `"trl_agents/Bandit-v0"`, or a class or factory.
+        **env_kwargs:
+            Passed to the environment's constructor.
+
+    Returns:
+        An environment on which `instructions` and its other attributes can be read, wrapped or not.
+
+    Example:
+
+    ```python
+    >>> from trl_agents.envs import make_env
+
+    >>> make_env("trl_agents/Bandit-v0", n_arms=10).horizon
+    50
+    ```
+    """
+    if isinstance(env, str):
+        try:
+            made = gymnasium.make(env, **env_kwargs)
+        except gymnasium.error.Error as error:
+            ours = ", ".join(sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/")))
+            raise ValueError(
+                f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}. "
+                "Register others with gymnasium.register, or pass a class or a factory."
+            ) from error
+    elif callable(env):
+        made = env(**env_kwargs)
+    else:
+        raise ValueError(
+            f"env={env!r} is neither an id nor a class or factory. Pass one of these: an environment is made for each "
+            "of the episodes that are played side by side, so an instance does not do."
+        )
+    return show_through(made)
+
+
+def show_through(env: Any) -> Any:
+    """Returns `env`, with the attributes of what it wraps made readable if it is a Gymnasium wrapper."""
+    return ShowThrough(env) if isinstance(env, gymnasium.Wrapper) else env

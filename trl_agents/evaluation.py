@@ -1,0 +1,124 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Players and models on the same seeds: returns, regret, coverage, invalid actions, each with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+from tqdm.auto import tqdm
+
+from .agents import Agent, make_agent, play_episode
+from .envs.make import make_env
+from .rollout.metrics import coverage, regret
+from .types import Trajectory
+
+
+# What is measured of an episode, by the name it has in tables and `metrics.json`.
+MEASURES: dict[str, Callable[[Trajectory], float | None]] = {
+    "return": lambda trajectory: trajectory.return_,
+    "regret": regret,
+    "coverage": coverage,
+    "invalid_rate": lambda trajectory: _share(not turn.parsed.is_valid for turn in trajectory.turns),
+}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over episodes and its 95% confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean with its percentile-bootstrap interval (9,999 resamples, always the same ones)."""
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        raise ValueError("No episode to take a mean of.")
+    mean = float(values.mean())
+    if np.ptp(values) == 0:
+        return Interval(mean, mean, mean)
+    result = bootstrap((values,), np.mean, confidence_level=confidence, method="percentile", rng=0)
+    return Interval(mean, float(result.confidence_interval.low), float(result.confidence_interval.high))
+
+
+def play_agents(
+    env: str | Callable[..., Any],
+    agents: Mapping[str, Agent] | Sequence[str],
+    seeds: Sequence[int],
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> dict[str, list[Trajectory]]:
+    """
+    Let scripted players play the same episodes.
+
+    Args:
+        env (`str` or `Callable`):
+            Environment id, class or factory.
+        agents (`Mapping[str, Agent]` or `Sequence[str]`):
+            Players by the name to report them under, or names for [`make_agent`].
+        seeds (`Sequence[int]`):
+            One episode each.
+        env_kwargs (`Mapping`, *optional*):
+            Arguments of the environment.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+    """
+    made = make_env(env, **(env_kwargs or {}))
+    try:
+        if not isinstance(agents, Mapping):
+            agents = {name: make_agent(name, made) for name in agents}
+        with tqdm(total=len(agents) * len(seeds), desc="Players", unit="ep", leave=False, disable=not progress) as bar:
+            played = {}
+            for name, agent in agents.items():
+                played[name] = []
+                for seed in seeds:
+                    played[name].append(play_episode(made, agent, seed=seed))
+                    bar.update()
+    finally:
+        made.close()
+    return played
+
+
+def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str, Interval]]:
+    """
+    Table of measures: measure -> player -> [`Interval`]. Episodes whose environment failed are left out, measures that
+    no episode has too.
+    """
+    table: dict[str, dict[str, Interval]] = {}
+    for measure, of in MEASURES.items():
+        for player, trajectories in played.items():
+            values = [of(trajectory) for trajectory in trajectories if not trajectory.stop.is_fault]
+            values = [value for value in values if value is not None]
+            if values:
+                table.setdefault(measure, {})[player] = interval(values)
+    return table
+
+
+def cumulative_regret(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """Cumulative pseudo-regret by step, `(n_episodes, n_steps)`: the sum of `max_a mu_a - mu_{a_t}` up to each step."""
+    return np.cumsum([[turn.info["regret"] for turn in t.turns if "regret" in turn.info] for t in trajectories], axis=1)
+
+
+def markdown_table(table: Mapping[str, Mapping[str, Interval]]) -> str:
+    """The summary for a model card or a terminal: a row a player, a column a measure, means with intervals."""
+    players = list(dict.fromkeys(player for row in table.values() for player in row))
+    lines = ["| player | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
+    for player in players:
+        cells = [str(row[player]) if player in row else "" for row in table.values()]
+        lines.append(f"| {player} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(flags) -> float | None:
+    flags = list(flags)
+    return sum(flags) / len(flags) if flags else None

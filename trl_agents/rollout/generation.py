@@ -1,0 +1,361 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Tokens in, tokens out: the small interface between the rollout loop and whatever generates.
+
+A backend knows nothing of environments. The loop submits whole prompts (token ids) to slots and collects replies;
+what a slot has in common with its previous prompt is the backend's to exploit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .cache import SlotCache
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """
+    How replies are sampled.
+
+    Args:
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Divides the logits. 0 is greedy decoding.
+        top_p, top_k, min_p (*optional*):
+            Truncations of the distribution, as in [`~transformers.GenerationConfig`]; off by default.
+        eos_token_ids (`tuple[int, ...]`):
+            Tokens that end a reply. The one sampled is part of the reply.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' own warpers, in the order `generate` applies them."""
+        warpers = LogitsProcessorList()
+        if self.temperature not in (0.0, 1.0):
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What was sampled for a slot: `ids` with the end-of-turn token if it came, `cut_off` if the budget ran out."""
+
+    ids: tuple[int, ...]
+    cut_off: bool
+    logprobs: tuple[float, ...] | None = None
+
+
+class Backend(Protocol):
+    """What the rollout loop needs of a generator."""
+
+    def submit(self, slot: int, prompt_ids: list[int], max_new_tokens: int, rng: np.random.Generator) -> None:
+        """Ask for one reply in `slot`. The slot must be idle. `rng` is the episode's own stream of luck."""
+
+    def step(self) -> list[tuple[int, Reply]]:
+        """Advance all busy slots, at least by a token; return the replies that are complete."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a submitted reply is still missing."""
+
+    def drain(self) -> None:
+        """Called once this process has no more prompts: take part in collectives until no process has any."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    ids: list[int] = field(default_factory=list)  # prompt + sampled
+    n_cached: int = 0  # how many of them the cache holds
+    n_prompt: int = 0
+    limit: int = 0  # length of `ids` at which the reply is cut off
+    rng: np.random.Generator | None = None
+    active: bool = False
+
+
+class SlotBackend:
+    """
+    Decodes with a transformers model, keeping every episode's key-value cache across its turns.
+
+    A submitted prompt is compared with what its slot holds; only what differs is computed (an appended observation
+    for [`ChatContext`], what follows the instructions for [`WindowContext`]). Prompts that start alike in the same
+    batch, as a group's do, are computed once and copied. Slots are independent: each advances as soon as it has
+    something to sample, none waits for the others' turn to end.
+
+    Luck is drawn from each episode's own generator, one uniform number a token, so what an episode samples does not
+    depend on which other episodes share the batch.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model whose layers are all attention, with `sdpa` or `eager` attention.
+        n_slots (`int`):
+            Number of episodes side by side.
+        sampling ([`Sampling`]):
+            How to sample.
+    """
+
+    def __init__(self, model: PreTrainedModel, n_slots: int, sampling: Sampling):
+        problem = self.unsupported(model)
+        if problem:
+            raise ValueError(f"SlotBackend cannot decode with {type(model).__name__}: {problem}. Use ReplayBackend.")
+        self.model = model
+        self.config = model.config.get_text_config()
+        self.sampling = sampling
+        self.warpers = sampling.warpers()
+        self.device = model.device
+        self.slots = [_Slot() for _ in range(n_slots)]
+        self.cache = SlotCache(n_slots, self.config.num_hidden_layers)
+        self.eos = torch.tensor(sampling.eos_token_ids, device=self.device)
+        self.eager = self.config._attn_implementation == "eager"
+
+    @staticmethod
+    def unsupported(model: PreTrainedModel) -> str | None:
+        """Why this model needs [`ReplayBackend`], or None."""
+        config = model.config.get_text_config()
+        if config._attn_implementation not in ("sdpa", "eager"):
+            return f"its attention is {config._attn_implementation!r}, which takes no per-row mask"
+        other = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+        if other or getattr(model, "_is_stateful", False):
+            return f"it has layers without a key-value cache ({', '.join(sorted(other)) or 'stateful'})"
+        return None
+
+    @property
+    def busy(self) -> bool:
+        return any(slot.active for slot in self.slots)
+
+    def drain(self) -> None:
+        """Nothing to take part in: the weights were gathered before the rollout."""
+
+    def submit(self, slot: int, prompt_ids: list[int], max_new_tokens: int, rng: np.random.Generator) -> None:
+        state = self.slots[slot]
+        if state.active:
+            raise ValueError(f"slot {slot} is still busy")
+        cached = state.ids[: state.n_cached]
+        if prompt_ids[: len(cached)] != cached:
+            cached = cached[: _common_prefix_length(cached, prompt_ids)]
+        # The last token is always fed by `step`, whose logits sample the reply
+        state.n_cached = min(len(cached), len(prompt_ids) - 1)
+        state.ids, state.n_prompt = list(prompt_ids), len(prompt_ids)
+        state.limit, state.rng, state.active = len(prompt_ids) + max_new_tokens, rng, True
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[int, Reply]]:
+        active = [index for index, slot in enumerate(self.slots) if slot.active]
+        if not active:
+            return []
+        self._prefill([index for index in active if len(self.slots[index].ids) - self.slots[index].n_cached > 1])
+        # Riding along costs less than gathering the cache, until few of the rows have something to say
+        block = active[-1] + 1
+        rows = active if 2 * len(active) <= block else list(range(block))
+        tokens, positions = [], []
+        for index in rows:
+            slot = self.slots[index]
+            position = slot.n_cached  # an idle row writes behind its last cached token, where nothing is read
+            tokens.append(slot.ids[position] if slot.active else 0)
+            positions.append(position)
+        logits = self._forward(None if len(rows) == block else rows, torch.tensor(tokens)[:, None], torch.tensor(positions)[:, None])
+        where = [row for row, index in enumerate(rows) if self.slots[index].active]
+        sampled = self._sample(logits[where, -1] if len(where) < len(rows) else logits[:, -1], active)
+        finished = []
+        for index, token, ended in sampled:
+            slot = self.slots[index]
+            slot.n_cached += 1
+            slot.ids.append(token)
+            if ended or len(slot.ids) >= slot.limit:
+                slot.active = False
+                finished.append((index, Reply(tuple(slot.ids[slot.n_prompt :]), cut_off=not ended)))
+        return finished
+
+    def _prefill(self, indices: list[int]) -> None:
+        """Bring the cache up to all but the last known token of these slots."""
+        if not indices:
+            return
+        # Fresh slots that start alike (a group's prompt) are computed once
+        copies: dict[tuple[int, ...], list[int]] = {}
+        for index in indices:
+            slot = self.slots[index]
+            key = tuple(slot.ids[:-1]) if slot.n_cached == 0 else (-1, index)
+            copies.setdefault(key, []).append(index)
+        rows = [members[0] for members in copies.values()]
+        lengths = [len(self.slots[index].ids) - 1 - self.slots[index].n_cached for index in rows]
+        width = max(lengths)
+        tokens = torch.zeros((len(rows), width), dtype=torch.long)
+        positions = torch.zeros((len(rows), width), dtype=torch.long)
+        for row, (index, length) in enumerate(zip(rows, lengths, strict=True)):
+            slot = self.slots[index]
+            tokens[row, :length] = torch.tensor(slot.ids[slot.n_cached : -1])
+            # Right padding writes beyond the row's end, where the next tokens overwrite it
+            positions[row] = torch.arange(slot.n_cached, slot.n_cached + width)
+        self._forward(rows, tokens, positions)
+        for members in copies.values():
+            length = len(self.slots[members[0]].ids) - 1
+            self.cache.copy(members[0], members[1:], length)
+            for index in members:
+                self.slots[index].n_cached = length
+
+    def _forward(self, rows: list[int] | None, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        positions = positions.to(self.device)
+        self.cache.aim(None if rows is None else torch.tensor(rows, device=self.device), positions)
+        return self.model(
+            input_ids=tokens.to(self.device),
+            position_ids=self._model_positions(positions),
+            attention_mask=self._mask(positions),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+
+    def _model_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        # Padding of a ragged block may lie past a table of learnt positions; what it computes is never read
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return positions.clamp(max=limit - 1) if limit else positions
+
+    def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        columns = torch.arange(self.cache.columns, device=self.device)
+        causal = (columns <= positions[..., None])[:, None]  # (b, 1, n, columns)
+        window = getattr(self.config, "sliding_window", None)
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types is None:
+            if window is not None:
+                causal = causal & (columns > positions[..., None] - window)[:, None]
+            return self._as_attention_mask(causal)
+        masks = {"full_attention": self._as_attention_mask(causal)}
+        if "sliding_attention" in layer_types and window is not None:
+            masks["sliding_attention"] = self._as_attention_mask(
+                causal & (columns > positions[..., None] - window)[:, None]
+            )
+        return masks
+
+    def _as_attention_mask(self, allowed: torch.Tensor) -> torch.Tensor:
+        if not self.eager:
+            return allowed
+        dtype = self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+    def _sample(self, logits: torch.Tensor, active: list[int]) -> list[tuple[int, int, bool]]:
+        """`logits` of shape `(len(active), V)` -> (slot, token, whether it ends the reply)."""
+        if self.sampling.temperature == 0.0:
+            tokens = logits.argmax(-1)
+        else:
+            # Inverse of the cumulative distribution: one number of the episode's own luck per token
+            uniform = [self.slots[index].rng.random() for index in active]
+            probs = self.warpers(None, logits.float()).softmax(-1)
+            cumulative = probs.cumsum(-1, dtype=torch.float64)
+            threshold = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+            tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+        ended = torch.isin(tokens, self.eos)
+        return list(zip(active, tokens.tolist(), ended.tolist(), strict=True))
+
+
+class BatchBackend:
+    """
+    Adapts a function that answers a batch of whole prompts, such as a serving engine's.
+
+    Args:
+        generate (`Callable[[list[list[int]], list[int]], list[Reply]]`):
+            Takes the prompts and the most new tokens each may get, returns a reply each, in order.
+        keep_in_step (`Callable[[bool], bool]`, *optional*):
+            Given whether this process has prompts, says whether any process has: engines whose call is a collective
+            over the processes need the same number of calls from each, with no prompts if need be.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[list[list[int]], list[int]], list[Reply]],
+        keep_in_step: Callable[[bool], bool] | None = None,
+    ):
+        self.generate = generate
+        self.keep_in_step = keep_in_step
+        self.pending: dict[int, tuple[list[int], int]] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.pending)
+
+    def submit(self, slot: int, prompt_ids: list[int], max_new_tokens: int, rng: np.random.Generator) -> None:
+        if slot in self.pending:
+            raise ValueError(f"slot {slot} is still busy")
+        self.pending[slot] = (list(prompt_ids), max_new_tokens)
+
+    def step(self) -> list[tuple[int, Reply]]:
+        pending, self.pending = self.pending, {}
+        if not pending:
+            return []
+        if self.keep_in_step is not None:
+            self.keep_in_step(True)
+        prompts, budgets = [ids for ids, _ in pending.values()], [budget for _, budget in pending.values()]
+        replies = self.generate(prompts, budgets)
+        if len(replies) != len(prompts):
+            raise RuntimeError(f"the generator answered {len(replies)} of {len(prompts)} prompts")
+        return list(zip(pending, replies, strict=True))
+
+    def drain(self) -> None:
+        while self.keep_in_step is not None and self.keep_in_step(False):
+            self.generate([], [])
+
+
+def replay(model: PreTrainedModel, sampling: Sampling, pad_token_id: int) -> BatchBackend:
+    """
+    A backend for models [`SlotBackend`] cannot decode with (recurrent layers, other attention): plain `generate`, which
+    reads the whole history again at each turn. Slower, and sampled from torch's global generator.
+    """
+
+    @torch.no_grad()
+    def generate(prompts: list[list[int]], budgets: list[int]) -> list[Reply]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        config = GenerationConfig(
+            do_sample=sampling.temperature != 0.0,
+            temperature=sampling.temperature or 1.0,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_new_tokens=max(budgets),
+            eos_token_id=list(sampling.eos_token_ids),
+            pad_token_id=pad_token_id,
+            disable_compile=True,
+        )
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
+        replies = []
+        for row, budget in zip(output[:, width:].tolist(), budgets, strict=True):
+            row = row[:budget]
+            end = next((i for i, token in enumerate(row) if token in sampling.eos_token_ids), None)
+            replies.append(Reply(tuple(row if end is None else row[: end + 1]), cut_off=end is None))
+        return replies
+
+    return BatchBackend(generate)
+
+
+def _common_prefix_length(left: list[int], right: list[int]) -> int:
+    size = min(len(left), len(right))
+    differ = np.asarray(left[:size]) != np.asarray(right[:size])
+    return int(differ.argmax()) if differ.any() else size

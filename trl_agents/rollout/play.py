@@ -1,0 +1,302 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The loop: environment -> text -> tokens -> action -> environment, many episodes side by side."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from ..actions import ActionParser
+from ..contexts import Briefing
+from ..types import ParsedAction, StopReason, Trajectory, Turn
+from .generation import Backend, Reply
+from .workers import EnvPool, EnvReply
+
+
+INVALID_ACTION_CHOICES = ("random", "retry", "end")
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """
+    An episode to be played.
+
+    Args:
+        seed (`int`):
+            What the environment is reset with.
+        luck (`tuple[int, ...]`, *optional*):
+            Seeds the model's own luck (sampling, and the actions played in place of invalid ones): episodes that
+            share `seed` differ by it.
+        options (`dict`, *optional*):
+            Passed on to the environment's `reset`.
+    """
+
+    seed: int
+    luck: tuple[int, ...] = ()
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """
+    What holds for every episode.
+
+    Args:
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Token budget of one reply.
+        max_length (`int`, *optional*):
+            Most tokens a prompt and its reply may have together; an episode that outgrows it is truncated.
+        max_turns (`int`, *optional*):
+            Most turns of an episode.
+        invalid_action (`str`, *optional*, defaults to `"random"`):
+            What a reply without a legal action leads to: `"random"` plays a random legal action, `"retry"` asks again,
+            `"end"` ends the episode.
+        invalid_action_penalty (`float`, *optional*, defaults to `-5.0`):
+            Added to the reward of the turn.
+        max_retries (`int`, *optional*, defaults to `2`):
+            How often one step is asked again before `"retry"` ends the episode.
+    """
+
+    max_new_tokens: int = 256
+    max_length: int | None = None
+    max_turns: int | None = None
+    invalid_action: str = "random"
+    invalid_action_penalty: float = -5.0
+    max_retries: int = 2
+
+    def __post_init__(self):
+        if self.invalid_action not in INVALID_ACTION_CHOICES:
+            raise ValueError(
+                f"invalid_action={self.invalid_action!r} is unknown: choose one of {', '.join(INVALID_ACTION_CHOICES)}."
+            )
+        for name in ("max_new_tokens", "max_length", "max_turns"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} leaves no room to act: give a positive number.")
+
+
+@dataclass(slots=True)
+class Clock:
+    """Where the time of a rollout went, in seconds. Environments overlap: `env` may exceed `wall`."""
+
+    wall: float = 0.0
+    model: float = 0.0
+    env: float = 0.0
+    env_wait: float = 0.0  # nothing to decode: waiting for environments
+
+
+@dataclass(slots=True)
+class _Live:
+    """An episode in its slot."""
+
+    index: int
+    episode: Episode
+    rng: np.random.Generator
+    reader: Any = None
+    observation: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+    reset_info: dict[str, Any] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    pending: dict[str, Any] | None = None  # the turn whose action the environment is playing
+    retries: int = 0
+    env_seconds: float = 0.0
+
+
+class Player:
+    """
+    Plays episodes with one backend, one context and one kind of environment.
+
+    Args:
+        pool ([`EnvPool`]):
+            The environments; its number of slots is the number of episodes side by side.
+        backend ([`Backend`]):
+            Generates replies.
+        context ([`ChatContext`] or [`WindowContext`]):
+            Builds what the model reads.
+        parser ([`ActionParser`]):
+            Takes actions out of replies.
+        briefing ([`Briefing`]):
+            The environment's standing texts. An environment whose instructions change from episode to episode puts
+            them into `info["instructions"]` at `reset`.
+        rules ([`Rules`]):
+            Budgets, and what an invalid action leads to.
+        patience (`float`, *optional*, defaults to `0.02`):
+            Seconds to wait for environments while others could decode. Fast environments always answer within it, so
+            that which episodes decode together does not depend on the machine's load.
+    """
+
+    def __init__(
+        self,
+        pool: EnvPool,
+        backend: Backend,
+        context: Any,
+        parser: ActionParser,
+        briefing: Briefing,
+        rules: Rules,
+        patience: float = 0.02,
+    ):
+        self.pool, self.backend, self.context, self.parser = pool, backend, context, parser
+        self.briefing, self.rules, self.patience = briefing, rules, patience
+
+    def play(
+        self, episodes: Sequence[Episode], progress: bool = False, description: str = "Episodes"
+    ) -> tuple[list[Trajectory], Clock]:
+        """Play all `episodes`; the trajectories come in their order. A place is refilled as soon as it is free."""
+        clock = Clock()
+        started = time.perf_counter()
+        finished: list[Trajectory | None] = [None] * len(episodes)
+        queue = deque(enumerate(episodes))
+        free = list(range(len(self.pool.workers)))[::-1]
+        live: dict[int, _Live] = {}
+        with _Bar(len(episodes), progress, description) as bar:
+
+            def finish(slot: int, stop: StopReason, error: str | None = None) -> None:
+                episode = live.pop(slot)
+                free.append(slot)
+                finished[episode.index] = self._trajectory(episode, stop, error)
+                bar.episode()
+
+            while queue or live:
+                while queue and free:
+                    index, episode = queue.popleft()
+                    slot = free.pop()
+                    live[slot] = _Live(index, episode, np.random.default_rng([episode.seed % 2**32, *episode.luck]))
+                    self.pool.reset(slot, episode.seed, episode.options)
+                waited = time.perf_counter()
+                replies = self.pool.collect(self.patience if self.backend.busy else None)
+                if not self.backend.busy:
+                    clock.env_wait += time.perf_counter() - waited
+                for reply in replies:
+                    clock.env += reply.seconds
+                    self._on_environment(live[reply.slot], reply, finish, bar)
+                if self.backend.busy:
+                    decoding = time.perf_counter()
+                    replies = self.backend.step()
+                    clock.model += time.perf_counter() - decoding
+                    for slot, reply in replies:
+                        self._on_reply(slot, live[slot], reply, finish, bar)
+            self.backend.drain()
+        clock.wall = time.perf_counter() - started
+        return finished, clock
+
+    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: _Bar) -> None:
+        live.env_seconds += reply.seconds
+        if reply.fault is not None:
+            return finish(reply.slot, reply.fault, reply.error)
+        if live.pending is None:
+            briefing = self.briefing
+            if "instructions" in reply.info:
+                briefing = Briefing(reply.info["instructions"], briefing.history_header, briefing.question)
+            live.reader = self.context.begin(briefing, reply.observation, reply.info)
+            live.reset_info = reply.info
+        else:
+            turn = Turn(**live.pending, reward=reply.reward, info=reply.info)
+            live.turns.append(turn)
+            live.pending, live.retries = None, 0
+        live.observation, live.info, previous = reply.observation, reply.info, live.turns[-1] if live.turns else None
+        if reply.terminated or reply.truncated:
+            return finish(reply.slot, StopReason.TERMINATED if reply.terminated else StopReason.TRUNCATED)
+        if self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns:
+            return finish(reply.slot, StopReason.MAX_TURNS)
+        if previous is not None:
+            live.reader.observe(
+                previous.action_ids, previous.executed, previous.reward, reply.observation, reply.info
+            )
+        self._submit(reply.slot, live, finish)
+
+    def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
+        budget = self.rules.max_new_tokens
+        if self.rules.max_length is not None:
+            budget = min(budget, self.rules.max_length - len(live.reader.prompt_ids))
+        if budget < 1:
+            if not live.turns:
+                raise ValueError(
+                    f"The instructions alone take {len(live.reader.prompt_ids)} tokens, and an episode may have "
+                    f"{self.rules.max_length}. Use a model with more positions, or shorter instructions."
+                )
+            return finish(slot, StopReason.CONTEXT_FULL)
+        self.backend.submit(slot, live.reader.prompt_ids, budget, live.rng)
+
+    def _on_reply(self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: _Bar) -> None:
+        text = self.context.decode(reply.ids)
+        legal_actions = live.info.get("legal_actions")
+        parsed = self.parser.parse(text, legal_actions, cut_off=reply.cut_off)
+        bar.turn(parsed)
+        turn = {
+            "observation": live.observation,
+            "input_ids": tuple(live.reader.input_ids),
+            "action_ids": reply.ids,
+            "text": text,
+            "parsed": parsed,
+            "penalty": 0.0 if parsed.is_valid else self.rules.invalid_action_penalty,
+            "appends": self.context.appends,
+            "logprobs": reply.logprobs,
+            "cut_off": reply.cut_off,
+        }
+        action = parsed.action
+        if action is None and self.rules.invalid_action == "random":
+            if not legal_actions:
+                raise ValueError(
+                    'invalid_action="random" needs legal actions to choose from, but the environment\'s `info` has no '
+                    '"legal_actions". Choose invalid_action="retry" or "end", or let the environment list them.'
+                )
+            action = legal_actions[live.rng.integers(len(legal_actions))]
+        if action is not None:
+            live.pending = {**turn, "executed": action}
+            return self.pool.step(slot, action)
+        live.turns.append(Turn(**turn, executed=None))
+        live.retries += 1
+        if self.rules.invalid_action == "end" or live.retries > self.rules.max_retries:
+            return finish(slot, StopReason.INVALID_ACTION)
+        if self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns:
+            return finish(slot, StopReason.MAX_TURNS)
+        live.reader.ask(reply.ids, self._ask_again(legal_actions))
+        live.observation = self._ask_again(legal_actions)
+        self._submit(slot, live, finish)
+
+    def _ask_again(self, legal_actions: list[str] | None) -> str:
+        if not legal_actions:
+            return "No action could be read from your answer. State it once more."
+        example = self.parser.format(legal_actions[0])
+        return f"That is no legal action. Legal actions: {', '.join(legal_actions)}. Answer in the form {example}"
+
+    def _trajectory(self, live: _Live, stop: StopReason, error: str | None) -> Trajectory:
+        return Trajectory(
+            seed=live.episode.seed,
+            turns=tuple(live.turns),
+            stop=stop,
+            instructions=live.reset_info.get("instructions", self.briefing.instructions),
+            final_observation=live.observation,
+            reset_info=live.reset_info,
+            env_seconds=live.env_seconds,
+            error=error,
+        )
+
+
+class _Bar:
+    """Progress for people: episodes done, steps played, share of valid actions."""
+
+    def __init__(self, total: int, enabled: bool, description: str):
+        self.bar = tqdm(total=total, desc=description, unit="ep", leave=False, disable=not enabled)
+        self.turns = self.valid = 0
+
+    def turn(self, parsed: ParsedAction) -> None:
+        self.turns += 1
+        self.valid += parsed.is_valid
+        if not self.bar.disable:
+            self.bar.set_postfix(turns=self.turns, valid=f"{self.valid / self.turns:.0%}", refresh=False)
+
+    def episode(self) -> None:
+        self.bar.update()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()

@@ -1,0 +1,177 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+A small causal language model and its tokenizer, made on the spot: what the recipes run on without a download.
+
+Random weights cannot act, so the model is first warmed up on transcripts of a scripted player in the environment
+([`play_transcripts`] + TRL's `SFTTrainer`); it then writes well-formed replies and plays as that player does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from .actions import ActionParser
+from .agents import Agent, play_episode
+from .contexts import Briefing, opening_message, transition_line, window_message
+from .envs.make import make_env
+from .types import Trajectory
+
+
+# ChatML, as Qwen's, without system prompt and tools.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """
+    A byte-level BPE tokenizer trained on `texts`: what occurs often there becomes one token, anything else is spelled.
+
+    Args:
+        texts (`Iterable[str]`):
+            What the model will read and write.
+        vocab_size (`int`, *optional*, defaults to `512`):
+            Most tokens, at least 256 bytes + 3 special ones.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_model(
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int = 128,
+    num_hidden_layers: int = 2,
+    max_position_embeddings: int = 4096,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A Qwen3 of about half a million parameters with random weights (the same for the same `seed`)."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=max(hidden_size // 32, 1),
+        num_key_value_heads=max(hidden_size // 32, 1),
+        head_dim=32,
+        max_position_embeddings=max_position_embeddings,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def plain_rationale(observation: str, action: str) -> str:
+    """A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so."""
+    last = re.search(r"Action=(\S.*?) Reward=(\S+)", observation)
+    return f"{last[1]} gave {last[2]}." if last else f"I try {action}."
+
+
+def play_transcripts(
+    env: Any,
+    agent: Agent,
+    seeds: Sequence[int],
+    *,
+    parser: ActionParser | None = None,
+    rationale: Callable[[str, str], str] | None = plain_rationale,
+    context: str = "chat",
+    window: int | None = None,
+) -> Dataset:
+    """
+    Let a scripted player play, and write its episodes down as the conversations a model would have had.
+
+    Args:
+        env (`str` or `Callable` or environment):
+            Environment id, factory or instance.
+        agent ([`Agent`]):
+            The player.
+        seeds (`Sequence[int]`):
+            One episode each.
+        parser ([`ActionParser`], *optional*):
+            Its `format` writes the action down.
+        rationale (`Callable[[str, str], str]`, *optional*):
+            Given the observation and the chosen action, the thought written before it. None: the action alone.
+        context (`str`, *optional*, defaults to `"chat"`):
+            `"chat"`: one conversation an episode; `"window"`: one exchange a turn.
+        window (`int`, *optional*):
+            With `"window"`, the number of transitions kept.
+
+    Returns:
+        `Dataset` with a column `messages` in the conversational format that TRL's trainers read.
+    """
+    parser = parser or ActionParser()
+    env = make_env(env)
+    briefing = Briefing.of(env)
+    conversations = []
+    for seed in seeds:
+        trajectory = play_episode(env, agent, seed=seed)
+        replies = [_reply(turn.observation, turn.executed, parser, rationale) for turn in trajectory.turns]
+        if context == "chat":
+            conversations.append(_chat_messages(trajectory, briefing, replies))
+        elif context == "window":
+            conversations.extend(_window_messages(trajectory, briefing, replies, window))
+        else:
+            raise ValueError(f'context={context!r} is unknown: choose "chat" or "window".')
+    env.close()
+    return Dataset.from_dict({"messages": conversations})
+
+
+def _reply(observation: str, action: str, parser: ActionParser, rationale: Callable | None) -> str:
+    stated = parser.format(action)
+    return f"{rationale(observation, action)} {stated}" if rationale else stated
+
+
+def _chat_messages(trajectory: Trajectory, briefing: Briefing, replies: list[str]) -> list[dict[str, str]]:
+    messages = []
+    for number, (turn, reply) in enumerate(zip(trajectory.turns, replies, strict=True)):
+        content = turn.observation if number else opening_message(briefing, turn.observation)
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
+    # The last observation too: what follows an action is worth learning to read, even when no reply follows
+    return [*messages, {"role": "user", "content": trajectory.final_observation}]
+
+
+def _window_messages(
+    trajectory: Trajectory, briefing: Briefing, replies: list[str], window: int | None
+) -> list[list[dict[str, str]]]:
+    conversations, lines, opened = [], [], trajectory.turns[0].observation
+    for turn, reply, following in zip(
+        trajectory.turns, replies, [*trajectory.turns[1:], None], strict=True
+    ):
+        kept = lines if window is None else lines[-window:]
+        message = window_message(briefing, kept, opened)
+        conversations.append([{"role": "user", "content": message}, {"role": "assistant", "content": reply}])
+        if following is not None:
+            lines.append(transition_line(len(lines), turn.observation, turn.executed, turn.reward, turn.info))
+            opened = following.observation.removeprefix(lines[-1]).strip("\n")
+    return conversations

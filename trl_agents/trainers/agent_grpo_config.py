@@ -1,0 +1,177 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._trl import GRPOConfig
+from ..rollout.play import INVALID_ACTION_CHOICES
+
+
+_CHOICES = {
+    "context": ("chat", "window"),
+    "advantage_estimator": ("turn", "group"),
+    "reward_normalization": ("none", "scale", "standardize"),
+    "invalid_action": INVALID_ACTION_CHOICES,
+}
+
+
+@dataclass
+class AgentGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`AgentGRPOTrainer`].
+
+    This class includes only the parameters that are specific to playing episodes. For all others see [`GRPOConfig`].
+    With an environment, one completion is one episode: `num_generations` episodes start from the same seed, and
+    `per_device_train_batch_size` counts episodes.
+
+    Parameters:
+        > Parameters that say what the model reads and writes
+
+        context (`str`, *optional*, defaults to `"chat"`):
+            `"chat"`: the conversation grows, one training row an episode. `"window"`: the prompt is rendered anew each
+            turn with the last `window` transitions, one training row a turn.
+        window (`int`, *optional*):
+            Number of transitions a windowed prompt keeps; None keeps all.
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Token budget of one *reply* (G in the paper). TRL's meaning, the budget of a completion, holds without an
+            environment.
+        max_episode_length (`int`, *optional*):
+            Most tokens of an episode's row, instructions included; an episode that outgrows it is truncated. Defaults
+            to the model's number of positions.
+        max_turns (`int`, *optional*):
+            Most turns of an episode, for environments that do not end by themselves.
+
+        > Parameters that control rewards and credit
+
+        advantage_estimator (`str`, *optional*, defaults to `"turn"`):
+            `"turn"`: each turn's return-to-go minus its mean over the group's episodes at the same turn (a Monte-Carlo
+            baseline, for episodes of fixed length). `"group"`: GRPO's, one advantage an episode.
+        discount (`float`, *optional*, defaults to `1.0`):
+            Discount per turn of the return-to-go.
+        reward_normalization (`str`, *optional*, defaults to `"scale"`):
+            What is done to the environment's rewards, with statistics over all rewards seen so far on all processes:
+            `"scale"` divides by their standard deviation, `"standardize"` also subtracts their mean (which, where
+            episodes vary in length, pays or charges for each further turn), `"none"` leaves them.
+        invalid_action (`str`, *optional*, defaults to `"random"`):
+            What a reply without a legal action leads to: `"random"` plays a random legal action, `"retry"` asks again,
+            `"end"` ends the episode.
+        invalid_action_penalty (`float`, *optional*, defaults to `-5.0`):
+            Added to the reward of a turn without a legal action, after normalisation.
+        max_retries (`int`, *optional*, defaults to `2`):
+            With `invalid_action="retry"`, how often a step is asked again before the episode ends.
+
+        > Parameters that control the environments
+
+        env_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of the environment, as a dictionary or JSON.
+        num_train_seeds (`int`, *optional*, defaults to `512`):
+            Number of different episodes to train on, when no `train_dataset` with a column `seed` is given. The paper
+            trains on 512 instances.
+        num_eval_seeds (`int`, *optional*, defaults to `64`):
+            Number of held-out episodes for evaluation during training.
+        rollout_batch_size (`int`, *optional*):
+            Episodes side by side on each process. A place is used again as soon as its episode ends. Defaults to all
+            episodes of the generation batch.
+        env_timeout (`float`, *optional*):
+            Seconds an environment may take for one answer before its episode is given up. None waits for ever.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["env_kwargs"]
+
+    context: str = field(
+        default="chat",
+        metadata={
+            "help": "'chat': the conversation grows, one training row an episode. 'window': the prompt is rendered "
+            "anew each turn with the last `window` transitions, one training row a turn.",
+            "choices": list(_CHOICES["context"]),
+        },
+    )
+    window: int | None = field(
+        default=None,
+        metadata={"help": "Number of transitions a windowed prompt keeps; None keeps all."},
+    )
+    max_completion_length: int | None = field(
+        default=256,
+        metadata={"help": "Token budget of one reply (of the completion, without an environment)."},
+    )
+    max_episode_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens of an episode's row, instructions included; an episode that outgrows it is truncated. "
+            "Defaults to the model's number of positions."
+        },
+    )
+    max_turns: int | None = field(
+        default=None,
+        metadata={"help": "Most turns of an episode, for environments that do not end by themselves."},
+    )
+    advantage_estimator: str = field(
+        default="turn",
+        metadata={
+            "help": "'turn': each turn's return-to-go minus its mean over the group at the same turn (episodes of fixed "
+            "length). 'group': GRPO's, one advantage an episode.",
+            "choices": list(_CHOICES["advantage_estimator"]),
+        },
+    )
+    discount: float = field(default=1.0, metadata={"help": "Discount per turn of the return-to-go."})
+    reward_normalization: str = field(
+        default="scale",
+        metadata={
+            "help": "What is done to the environment's rewards, with statistics over all seen so far: 'scale' divides "
+            "by their standard deviation, 'standardize' also subtracts their mean, 'none' leaves them.",
+            "choices": list(_CHOICES["reward_normalization"]),
+        },
+    )
+    invalid_action: str = field(
+        default="random",
+        metadata={
+            "help": "What a reply without a legal action leads to: 'random' plays a random legal action, 'retry' asks "
+            "again, 'end' ends the episode.",
+            "choices": list(_CHOICES["invalid_action"]),
+        },
+    )
+    invalid_action_penalty: float = field(
+        default=-5.0,
+        metadata={"help": "Added to the reward of a turn without a legal action, after normalisation."},
+    )
+    max_retries: int = field(
+        default=2,
+        metadata={"help": "With invalid_action='retry', how often a step is asked again before the episode ends."},
+    )
+    env_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Keyword arguments of the environment, as JSON: \'{"n_arms": 10}\'.'},
+    )
+    num_train_seeds: int = field(
+        default=512,
+        metadata={"help": "Number of different episodes to train on when no dataset with a column `seed` is given."},
+    )
+    num_eval_seeds: int = field(
+        default=64,
+        metadata={"help": "Number of held-out episodes for evaluation during training."},
+    )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Episodes side by side on each process. Defaults to all of the generation batch."},
+    )
+    env_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds an environment may take for one answer before its episode is given up."},
+    )
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
+        for name in ("window", "max_turns", "max_episode_length", "rollout_batch_size", "num_train_seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be positive.")
+        if not 0.0 <= self.discount <= 1.0:
+            raise ValueError(f"discount={self.discount!r} must lie between 0 and 1.")
+        if self.context == "chat" and self.window is not None:
+            raise ValueError(f"window={self.window} has no effect with context='chat': use context='window'.")
+        super().__post_init__()

@@ -1,0 +1,394 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from gymnasium.wrappers.utils import RunningMeanStd
+
+from .._trl import RolloutGRPOTrainer, RolloutRows, check_trl
+from ..actions import ActionParser
+from ..advantages import group_advantages, spread_over_tokens, turn_advantages
+from ..batch import Row, pad_turn_index, pad_turns, padding_row, rows_of
+from ..contexts import Briefing, ChatContext, WindowContext
+from ..envs.make import make_env
+from ..rollout.generation import Backend, Sampling, SlotBackend, replay
+from ..rollout.metrics import combine_metrics, rollout_metrics
+from ..rollout.play import Clock, Episode, Player, Rules
+from ..rollout.workers import EnvPool
+from ..types import Trajectory
+from .agent_grpo_config import AgentGRPOConfig
+
+
+# Losses that divide by the number of tokens: rows that weigh nothing leave them as they are.
+TOKEN_LOSSES = ("dapo", "bnpo", "cispo")
+
+
+def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
+    """The episodes' returns as a reward function, so that TRL logs and normalises them like any other."""
+    return environment_score
+
+
+class AgentGRPOTrainer(RolloutGRPOTrainer):
+    """
+    Trainer for agents that act in an environment over many steps, by Group Relative Policy Optimization.
+
+    The only change w.r.t. [`~trl.GRPOTrainer`] is where completions and advantages come from: a completion is an
+    episode played in `env`, and its advantage may differ from turn to turn. TRL's loss, KL, clipping, logging, PEFT and
+    checkpoints are TRL's. Without `env` this is `GRPOTrainer`.
+
+    The method is the one of [LLMs are Greedy Agents](https://huggingface.co/papers/2504.16078), section 3.2: chain of
+    thought and action per step, a penalty for invalid actions, a Monte-Carlo baseline over episodes of fixed length,
+    the clipped objective with a KL to the reference.
+
+    Example:
+
+    ```python
+    >>> from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
+
+    >>> trainer = AgentGRPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     env="trl_agents/Bandit-v0",
+    ...     args=AgentGRPOConfig(max_steps=100, env_kwargs={"n_arms": 5, "horizon": 20}),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model to train.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            With `env`, they add to the environment's reward: each scores a row (an episode with `context="chat"`, a
+            turn with `"window"`) and is credited to the row's last turn. Without, as in TRL.
+        args ([`AgentGRPOConfig`], *optional*):
+            Configuration for this trainer.
+        train_dataset ([`~datasets.Dataset`], *optional*):
+            With `env`, a column `seed` says which episodes to train on, and a column `options` what else `reset` is
+            given. Defaults to `args.num_train_seeds` seeds.
+        eval_dataset (*optional*):
+            Likewise; defaults to `args.num_eval_seeds` other seeds if `args.eval_strategy` is set.
+        env (`str` or `Callable`, *optional*):
+            Environment id (`"trl_agents/Bandit-v0"`), or a class or factory. `args.env_kwargs` are its arguments.
+        action_parser ([`ActionParser`], *optional*):
+            Takes actions out of replies. Defaults to the paper's `ACTION=X`.
+        **kwargs:
+            The other arguments of [`~trl.GRPOTrainer`] (`processing_class`, `peft_config`, `callbacks`, ...).
+    """
+
+    _tag_names = ["trl", "grpo", "trl-agents"]
+    _name = "AgentGRPO"
+    _paper = {
+        "title": "LLMs are Greedy Agents: Effects of RL Fine-tuning on Decision-Making Abilities",
+        "id": "2504.16078",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{schmied2025greedy,
+                title        = {{LLMs are Greedy Agents: Effects of RL Fine-tuning on Decision-Making Abilities}},
+                author       = {Thomas Schmied and J{\\"o}rg Bornschein and Jordi Grau-Moya and Markus Wulfmeier and Razvan Pascanu},
+                year         = 2025,
+                eprint       = {arXiv:2504.16078},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: AgentGRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        *,
+        env: str | Callable[..., Any] | None = None,
+        action_parser: ActionParser | None = None,
+        **kwargs,
+    ):
+        check_trl()
+        self.plays = env is not None
+        if not self.plays:
+            if action_parser is not None:
+                raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+            return
+
+        if args is None:
+            args = AgentGRPOConfig("agent-grpo")
+        self.env_factory = functools.partial(make_env, env, **(args.env_kwargs or {}))
+        self.action_parser = action_parser or ActionParser()
+        self._check_settings(args)
+        probe = self._probe(args)
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        if args.reward_weights is not None and len(args.reward_weights) == len(reward_funcs):
+            args.reward_weights = [1.0, *args.reward_weights]  # the environment's own reward
+        if kwargs.get("reward_processing_classes") is not None:
+            classes = kwargs["reward_processing_classes"]
+            kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
+        if train_dataset is None:
+            train_dataset = episode_dataset(range(args.num_train_seeds))
+        if eval_dataset is None and args.eval_strategy != "no":
+            # Behind all training seeds, so that a longer training set never runs into it
+            eval_dataset = episode_dataset(range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + args.num_eval_seeds))
+        super().__init__(
+            model, [environment_reward, *reward_funcs], args, _checked(train_dataset), _checked(eval_dataset), **kwargs
+        )
+        self.rollout_func = self.rollout_output
+        self.reward_statistics = RunningMeanStd(epsilon=1e-4)
+        self.briefing = probe
+        self.context = self._make_context()
+        self.env_pool: EnvPool | None = None
+        self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
+
+    # -- checks, all before anything is loaded or written ------------------------------------------------------------
+
+    def _check_settings(self, args: AgentGRPOConfig) -> None:
+        if args.context == "window" and args.loss_type not in TOKEN_LOSSES:
+            raise ValueError(
+                f"loss_type={args.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
+                f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
+            )
+        if args.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={args.multi_objective_aggregation!r} normalises each reward function over "
+                "episodes, which has no meaning for rewards per turn. Use 'sum_then_normalize'."
+            )
+        if args.repetition_penalty != 1.0:
+            raise ValueError(
+                f"repetition_penalty={args.repetition_penalty} would punish naming an action twice in an episode. Use "
+                "1.0 with an environment."
+            )
+
+    def _probe(self, args: AgentGRPOConfig) -> Briefing:
+        """Start one episode, to find out now what would otherwise fail in the middle of a run."""
+        env = self.env_factory()
+        try:
+            _, info = env.reset(seed=0)
+            legal_actions = info.get("legal_actions")
+            if legal_actions:
+                self.action_parser.check_legal_actions(legal_actions)
+            elif args.invalid_action == "random":
+                raise ValueError(
+                    "invalid_action='random' needs legal actions to choose from, but this environment's `reset` gives "
+                    "no info['legal_actions']. Use invalid_action='retry' or 'end', or let the environment list them."
+                )
+            return Briefing.of(env)
+        finally:
+            env.close()
+
+    # -- playing -----------------------------------------------------------------------------------------------------
+
+    def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
+        mode = "train" if self.model.training else "eval"
+        trajectories, clock = self._play(inputs, mode)
+        self.trajectories = trajectories
+        self._record(trajectories, clock)
+        self._normalize(trajectories, mode)
+        return self._rows(trajectories, mode)
+
+    def _play(self, inputs: list[dict[str, Any]], mode: str) -> tuple[list[Trajectory], Clock]:
+        start = self.accelerator.process_index * len(inputs)
+        # In training each rollout brings new luck; evaluations repeat theirs, so that they can be compared
+        round_ = self.state.global_step if mode == "train" else 0
+        episodes = [
+            Episode(row["seed"], (self.args.seed, int(mode == "train"), round_, start + number), row.get("options"))
+            for number, row in enumerate(inputs)
+        ]
+        with self.weights_for_rollout() as model:
+            n_slots = min(self.args.rollout_batch_size or len(episodes), len(episodes))
+            if self.env_pool is None or len(self.env_pool.workers) < n_slots:
+                self.close_environments()
+                self.env_pool = EnvPool(self.env_factory, n_slots, self.args.env_timeout)
+            player = Player(
+                self.env_pool,
+                self._make_backend(model, len(self.env_pool.workers)),
+                self.context,
+                self.action_parser,
+                self.briefing,
+                self._rules(model),
+            )
+            show = self.accelerator.is_main_process and not self.args.disable_tqdm
+            return player.play(episodes, progress=show, description="Rollout" if mode == "train" else "Evaluation")
+
+    def _make_context(self) -> ChatContext | WindowContext:
+        common = (self.text_tokenizer, self.eos_token_ids, self.args.chat_template_kwargs)
+        if self.args.context == "window":
+            return WindowContext(*common, window=self.args.window)
+        return ChatContext(*common)
+
+    def _make_backend(self, model: Any, n_slots: int) -> Backend:
+        if self.use_vllm:
+            return self.vllm_backend()
+        sampling = Sampling(
+            tuple(self.eos_token_ids), self.temperature, self.top_p, self.top_k, self.min_p
+        )
+        problem = SlotBackend.unsupported(model)
+        if problem is None:
+            return SlotBackend(model, n_slots, sampling)
+        warnings.warn(
+            f"Rollouts read the whole history again at each turn, because the model cannot keep it: {problem}.",
+            stacklevel=2,
+        )
+        return replay(model, sampling, self.text_tokenizer.pad_token_id)
+
+    def _rules(self, model: Any) -> Rules:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [limit for limit in (positions, self.args.max_episode_length) if limit is not None]
+        return Rules(
+            max_new_tokens=self.args.max_completion_length,
+            max_length=min(limits, default=None),
+            max_turns=self.args.max_turns,
+            invalid_action=self.args.invalid_action,
+            invalid_action_penalty=self.args.invalid_action_penalty,
+            max_retries=self.args.max_retries,
+        )
+
+    def close_environments(self) -> None:
+        """Close all environments; the next rollout makes new ones."""
+        if self.env_pool is not None:
+            self.env_pool.close()
+            self.env_pool = None
+
+    # -- rewards -----------------------------------------------------------------------------------------------------
+
+    def _normalize(self, trajectories: list[Trajectory], mode: str) -> None:
+        """Set `turn_rewards`: per episode, the normalised environment reward of each turn plus its penalty."""
+        rewards = [[turn.reward for turn in t.turns if turn.executed is not None] for t in trajectories]
+        seen = [reward for row in gather_object(rewards) for reward in row]
+        if mode == "train" and seen:
+            self.reward_statistics.update(np.asarray(seen))
+        how = self.args.reward_normalization
+        scale = math.sqrt(self.reward_statistics.var) + 1e-8 if how != "none" else 1.0
+        shift = float(self.reward_statistics.mean) if how == "standardize" else 0.0
+        self.turn_rewards = [
+            [(turn.reward - shift) / scale * (turn.executed is not None) + turn.penalty for turn in t.turns]
+            for t in trajectories
+        ]
+
+    def _record(self, trajectories: list[Trajectory], clock: Clock) -> None:
+        sums = torch.tensor(
+            rollout_metrics(trajectories, clock), dtype=torch.float64, device=self.accelerator.device
+        )
+        metrics = combine_metrics(self.accelerator.reduce(sums, reduction="sum").tolist())
+        self.record_metrics(metrics)
+        lengths = gather_object([len(trajectory.turns) for trajectory in trajectories if not trajectory.stop.is_fault])
+        if self.args.advantage_estimator == "turn" and len(set(lengths)) > 1:
+            warnings.warn(
+                f"advantage_estimator='turn' compares turn k with turn k of the group's other episodes, but episodes "
+                f"have between {min(lengths)} and {max(lengths)} turns: the baseline is biased where the policy decides "
+                "when to stop. Use advantage_estimator='group', or a trainer with a value head.",
+                stacklevel=2,
+            )
+        faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
+        if faults:
+            warnings.warn(
+                f"{len(faults)} of {len(trajectories)} episodes were lost to a fault of the environment and weigh "
+                f"nothing. The first: {faults[0]}",
+                stacklevel=2,
+            )
+
+    # -- rows and credit ---------------------------------------------------------------------------------------------
+
+    def _rows(self, trajectories: list[Trajectory], mode: str) -> RolloutRows:
+        filler = self.text_tokenizer.pad_token_id
+        rows = [row for number, t in enumerate(trajectories) for row in rows_of(t, number, filler)]
+        n_rows = max(gather_object([len(rows)]))
+        # The number of rows must be the same on every process, and divide into TRL's groups and steps
+        generations = self.num_generations if mode == "train" else self.num_generations_eval
+        steps = self.args.steps_per_generation if mode == "train" else 1
+        multiple = math.lcm(generations, steps)
+        n_rows = -(-n_rows // multiple) * multiple if self.args.context == "window" else len(rows)
+        rows += [padding_row(filler) for _ in range(n_rows - len(rows))]
+        scores = self._scores(rows, trajectories)
+        return RolloutRows(
+            rows=rows,
+            prompts=[[{"role": "user", "content": self._prompt_of(row, trajectories)}] for row in rows],
+            scores=scores,
+            extras={
+                "environment_score": [0.0 if score is None else score for score in scores],
+                "trajectory": [trajectories[row.episode] if row.episode >= 0 else None for row in rows],
+            },
+        )
+
+    def _scores(self, rows: list[Row], trajectories: list[Trajectory]) -> list[float | None]:
+        """An episode's return, on its first row."""
+        scores: list[float | None] = []
+        scored: set[int] = {-1}
+        for row in rows:
+            fault = row.episode >= 0 and trajectories[row.episode].stop.is_fault
+            scores.append(None if row.episode in scored or fault else sum(self.turn_rewards[row.episode]))
+            scored.add(row.episode)
+        return scores
+
+    def _prompt_of(self, row: Row, trajectories: list[Trajectory]) -> str:
+        return trajectories[row.episode].instructions if row.episode >= 0 else ""
+
+    def assign_credit(self, rollout: RolloutRows, extra_rewards: torch.Tensor, width: int) -> torch.Tensor:
+        trajectories = self.trajectories
+        turn_rewards = [list(rewards) for rewards in self.turn_rewards]
+        for row, extra in zip(rollout.rows, extra_rewards.tolist(), strict=True):
+            if row.turns:
+                turn_rewards[row.episode][row.turns[-1]] += extra
+        weighs = [not trajectory.stop.is_fault for trajectory in trajectories]
+        rewards, mask = pad_turns(gather_object(turn_rewards))  # (N, K) of all processes
+        valid = torch.tensor(gather_object(weighs))  # (N,)
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        if self.args.advantage_estimator == "group":
+            advantages = group_advantages(rewards.sum(1), generations, self.scale_rewards, valid)
+            turn_values = advantages[:, None].expand_as(rewards)
+        else:
+            mask = mask & valid[:, None]
+            turn_values = turn_advantages(rewards, mask, generations, self.args.discount, self.scale_rewards)
+        start = self.accelerator.process_index * len(trajectories)
+        own = turn_values[start : start + len(trajectories)]
+        self.turn_values = own
+        episodes = torch.tensor([max(row.episode, 0) for row in rollout.rows])
+        return spread_over_tokens(own[episodes], pad_turn_index(rollout.rows, width))
+
+    def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]]:
+        return {
+            "prompt": gather_object([t.instructions for t in self.trajectories]),
+            "completion": gather_object([transcript(t) for t in self.trajectories]),
+            "reward": gather_object([sum(rewards) for rewards in self.turn_rewards]),
+            "advantage": gather_object(self.turn_values.sum(1).tolist()),
+        }
+
+
+# Evaluation seeds start here; training seeds count from 0.
+HELD_OUT_SEEDS = 1_000_000_000
+
+
+def episode_dataset(seeds) -> Dataset:
+    """A dataset of episodes for [`AgentGRPOTrainer`]: one seed each."""
+    seeds = list(seeds)
+    return Dataset.from_dict({"prompt": [""] * len(seeds), "seed": seeds})
+
+
+def transcript(trajectory: Trajectory) -> str:
+    """An episode as text: what was observed, what was answered, what an invalid answer was replaced by."""
+    lines = []
+    for turn in trajectory.turns:
+        if turn.observation:
+            lines.append(turn.observation)
+        lines.append(f"> {turn.text}")
+        if not turn.parsed.is_valid:
+            played = f"; {turn.executed} was played" if turn.executed is not None else ""
+            lines.append(f"  (invalid: {turn.parsed.reason.value}{played})")
+    return "\n".join([*lines, trajectory.final_observation, f"[{trajectory.stop.value}]"])
+
+
+def _checked(dataset: Any) -> Any:
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        columns = getattr(part, "column_names", None)
+        if columns is not None and "seed" not in columns:
+            raise ValueError(
+                f"With `env`, a dataset says which episodes to play in a column 'seed', but its columns are {columns}. "
+                "Add one, or leave the dataset out."
+            )
+    return dataset
