@@ -160,7 +160,7 @@ NOT_READ = [  # text, legal actions, reason
     ("ACTION=" + "(" * 17 + "green", ARMS, InvalidReason.ILLEGAL),
     ("ACTION=green", [], InvalidReason.ILLEGAL),
     ("ACTION=green", [""], InvalidReason.ILLEGAL),
-    ("ACTION=...", ["", " "], InvalidReason.ILLEGAL),
+    ("ACTION=...", [""], InvalidReason.ILLEGAL),
 ]
 
 
@@ -296,13 +296,6 @@ def test_format_is_read_back(legal_actions):
 def test_format_follows_the_pattern(pattern, action, text):
     assert ActionParser(pattern).format(action) == text
     ActionParser(pattern).check_legal_actions([action])
-
-
-def test_a_pattern_of_many_repeats_is_not_written_out():
-    for pattern in (r"(?:(?:(?:(?:(?:a{999}){999}){999}){999}){999})?go (\w+)", r"(?:a{400000000})?go (\w+)"):
-        taken, parser = seconds(ActionParser, pattern)
-        assert taken < 1
-        assert parser.format("up") == "go up"
 
 
 def test_format_takes_the_pattern_that_can_produce_the_action():

@@ -35,10 +35,11 @@ LAYERS = [
     (2, ["value_head"]),
     (2, ["data"]),
     (3, ["_trl"]),
-    (3, ["diagnostics"]),
-    (3, ["tiny"]),
+    (3, ["evaluation"]),
     (4, ["trainers"]),
-    (4, ["evaluation"]),
+    (4, ["tiny"]),
+    (4, ["plots"]),
+    (4, ["diagnostics"]),
     (5, ["cli"]),
 ]
 PLACES = {unit: (level, line) for line, (level, units) in enumerate(LAYERS) for unit in units}

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
-from .batch import Row
+from .batch import Row, sum_by_episode
 from .rollout.generation import BatchBackend, Reply
 
 
@@ -34,7 +35,7 @@ SEAM = {
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
 }
 
-__all__ = ["GRPOConfig", "RolloutGRPOTrainer", "RolloutRows", "check_trl"]
+__all__ = ["GRPOConfig", "RolloutGRPOTrainer", "RolloutRows", "SFTConfig", "SFTTrainer", "check_trl"]
 
 
 def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
@@ -82,14 +83,14 @@ class RolloutGRPOTrainer(GRPOTrainer):
 
     def assign_credit(self, rollout: RolloutRows, extra_rewards: torch.Tensor, width: int) -> torch.Tensor:
         """
-        Advantages `(B, T)` of the rows' completion tokens, padded to `width`. `extra_rewards` `(B,)` is what the user's
-        own reward functions gave each row, weighted and summed.
+        Advantages `(B, T)` of the rows' completion tokens, padded to `width`. `extra_rewards` `(B,)` is what the
+        user's own reward functions gave each row, weighted and summed.
         """
         raise NotImplementedError
 
-    def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]] | None:
-        """Replaces TRL's completions table (`prompt`, `completion`, `reward`, `advantage`); None keeps it."""
-        return None
+    def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]]:
+        """TRL's completions table with a line an episode of all processes: prompt, completion, reward, advantage."""
+        raise NotImplementedError
 
     # -- what TRL calls ----------------------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
         try:
             batch = super()._generate_and_score_completions([{"prompt": prompt} for prompt in rollout.prompts])
         finally:
-            table_logs, self._logs = self._logs, kept_logs
+            row_logs, self._logs = self._logs, kept_logs
             self._rollout_rows = None
         start = self.accelerator.process_index * len(rollout.rows)
         own = self._rewards_per_func[start : start + len(rollout.rows)]
@@ -110,44 +111,51 @@ class RolloutGRPOTrainer(GRPOTrainer):
         extra_rewards = (own[:, 1:] * weights[1:]).nansum(dim=1)  # (B,)
         width = batch["completion_ids"].shape[1]
         batch["advantages"] = self.assign_credit(rollout, extra_rewards, width).to(batch["completion_ids"].device)
-        self._write_table(self.transcript_rows(rollout), table_logs)
+        if len(rollout.rows) != len(inputs):
+            # TRL compared rows that are neighbours, but an episode's rows are no group
+            self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
+        self._write_table(rollout, own, row_logs)
         return batch
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.plays:
-            # An episode that weighs nothing, or that has its score on another row, must not enter the statistics.
-            # Marked here and not by returning None, for which TRL would warn at every batch.
-            scored = torch.tensor([score is not None for score in self._rollout_rows.scores], device=rewards.device)
+            # A row that weighs nothing must not enter the statistics, nor an episode's score more than once. Marked
+            # here and not by returning None, for which TRL would warn at every batch.
+            rollout = self._rollout_rows
+            scored = torch.tensor([score is not None for score in rollout.scores], device=rewards.device)
+            weighs = torch.tensor([len(row.turns) > 0 for row in rollout.rows], device=rewards.device)
             rewards[~self.accelerator.gather(scored), 0] = torch.nan
+            rewards[~self.accelerator.gather(weighs)] = torch.nan
             self._rewards_per_func = rewards
         return rewards
 
-    def _write_table(self, table: dict[str, list[Any]] | None, table_logs: dict[str, Any]) -> None:
-        logs = self._logs
-        if table is None:
-            logs["prompt"].extend(table_logs["prompt"])
-            logs["completion"].extend(table_logs["completion"])
-            logs["advantages"].extend(table_logs["advantages"])
-            for kind in ("rewards", "extra"):
-                for name, values in table_logs[kind].items():
-                    logs[kind][name].extend(values)
-            return
+    def _write_table(self, rollout: RolloutRows, own_rewards: torch.Tensor, row_logs: dict[str, Any]) -> None:
+        table, logs = self.transcript_rows(rollout), self._logs
         logs["prompt"].extend(table["prompt"])
         logs["completion"].extend(table["completion"])
-        logs["rewards"][self.reward_func_names[0]].extend(table["reward"])
         logs["advantages"].extend(table["advantage"])
+        logs["rewards"][self.reward_func_names[0]].extend(table["reward"])
+        for name, values in list(zip(self.reward_func_names, own_rewards.T.tolist(), strict=True))[1:]:
+            logs["rewards"][name].extend(gather_object(sum_by_episode(rollout.rows, values)))
+        for name, values in row_logs["extra"].items():
+            if len(values) == len(table["prompt"]):  # what a reward function noted on rows fits only where these agree
+                logs["extra"][name].extend(values)
 
     # -- what trainers may use ---------------------------------------------------------------------------------------
 
     def rollout_output(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """The `rollout_func` given to TRL: the rows are played already, this hands them over."""
         rows = self._rollout_rows.rows
-        with_logprobs = all(row.logprobs is not None for row in rows) and bool(rows)
+        logprobs = [row.logprobs for row in rows]
+        if self.use_vllm:
+            # Its correction reads them on every row, and takes NaN, here of rows that weigh nothing, as no correction
+            unknown = float("nan")
+            logprobs = [values or [unknown] * len(row.mask) for values, row in zip(logprobs, rows, strict=True)]
         return {
             "prompt_ids": [row.prompt_ids for row in rows],
             "completion_ids": [row.completion_ids for row in rows],
-            "logprobs": [row.logprobs for row in rows] if with_logprobs else None,
+            "logprobs": logprobs if all(values is not None for values in logprobs) else None,
             "env_mask": [row.mask for row in rows],
             **self._rollout_rows.extras,
         }
@@ -183,14 +191,20 @@ class RolloutGRPOTrainer(GRPOTrainer):
         """The tokenizer, also where the processing class is a multimodal processor."""
         return self._tokenizer
 
-    def vllm_backend(self) -> BatchBackend:
+    def vllm_backend(self, temperature: float) -> BatchBackend:
         """TRL's own vLLM connection as a generation backend."""
         if self.state.global_step != self._last_loaded_step:
             self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
 
         def generate(prompts: list[list[int]], budgets: list[int]) -> list[Reply]:
-            _, completions, logprobs, _ = self.vllm_generation.generate(prompts=prompts, images=None, num_generations=1)
+            self.vllm_generation.temperature = temperature
+            try:
+                _, completions, logprobs, _ = self.vllm_generation.generate(
+                    prompts=prompts, images=None, num_generations=1
+                )
+            finally:
+                self.vllm_generation.temperature = self.temperature
             replies = []
             for ids, values, budget in zip(completions, logprobs, budgets, strict=True):
                 ids, values = list(ids)[:budget], [value[0] for value in values][:budget]
@@ -209,7 +223,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
 
 
 def _emptied(logs: dict[str, Any]) -> dict[str, Any]:
-    """Containers of the same kind and length, with nothing in them."""
+    """Containers of the same kind with nothing in them, for any number of rows."""
     return {
         name: type(value)(value.default_factory) if hasattr(value, "default_factory") else type(value)(maxlen=None)
         for name, value in logs.items()

@@ -174,11 +174,11 @@ def _skeleton(pattern: str, target: int) -> str:
             text = token
         least = 1
         if at < len(tokens) and (quantifier := _QUANTIFIER.fullmatch(tokens[at])):
-            least = 1 if quantifier[0] == "+" else min(int(quantifier[1] or 0), 64)
+            least = 1 if quantifier[0] == "+" else int(quantifier[1] or 0)
             at += 1
             if at < len(tokens) and tokens[at] in ("?", "+"):  # lazy or possessive
                 at += 1
-        return text if _HOLE in text else (text * least)[:1000]
+        return text if _HOLE in text else text * least
 
     return branches()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Row:
     completion_ids: list[int]
     turn_index: list[int]
     episode: int  # position of its trajectory in the rollout, -1 for a padding row
-    logprobs: list[float] | None = None
+    logprobs: list[float] | None = None  # of the sampled tokens, 0 elsewhere; None if not known
 
     @property
     def mask(self) -> list[int]:
@@ -51,26 +52,36 @@ def rows_of(trajectory: Trajectory, episode: int, filler_id: int) -> list[Row]:
     """
     if trajectory.stop.is_fault or not trajectory.turns:
         return [padding_row(filler_id, episode)]
+    with_logprobs = all(turn.logprobs is not None for turn in trajectory.turns)
     rows: list[Row] = []
     for number, turn in enumerate(trajectory.turns):
-        logprobs = list(turn.logprobs) if turn.logprobs is not None else None
         if number == 0 or not turn.appends:
-            rows.append(Row(list(turn.input_ids), [], [], episode, None if logprobs is None else []))
+            row = Row(list(turn.input_ids), [], [], episode, [] if with_logprobs else None)
+            rows.append(row)
         else:
-            rows[-1].completion_ids.extend(turn.input_ids)
-            rows[-1].turn_index.extend([NO_TURN] * len(turn.input_ids))
-            if logprobs is not None:
-                rows[-1].logprobs.extend([0.0] * len(turn.input_ids))
-        rows[-1].completion_ids.extend(turn.action_ids)
-        rows[-1].turn_index.extend([number] * len(turn.action_ids))
-        if logprobs is not None:
-            rows[-1].logprobs.extend(logprobs)
-    return rows
+            row.completion_ids.extend(turn.input_ids)
+            row.turn_index.extend([NO_TURN] * len(turn.input_ids))
+            if with_logprobs:
+                row.logprobs.extend([0.0] * len(turn.input_ids))
+        row.completion_ids.extend(turn.action_ids)
+        row.turn_index.extend([number] * len(turn.action_ids))
+        if with_logprobs:
+            row.logprobs.extend(turn.logprobs)
+    return [row if row.completion_ids else padding_row(filler_id, episode) for row in rows]
 
 
 def padding_row(filler_id: int, episode: int = -1) -> Row:
     """A row that weighs nothing, so that every process makes the same forward passes."""
     return Row([filler_id], [filler_id], [NO_TURN], episode)
+
+
+def sum_by_episode(rows: Sequence[Row], values: Sequence[float]) -> list[float]:
+    """One number a row -> one an episode, in order. NaN counts nothing, and neither do padding rows."""
+    sums = dict.fromkeys(sorted({row.episode for row in rows if row.episode >= 0}), 0.0)
+    for row, value in zip(rows, values, strict=True):
+        if row.episode >= 0 and not math.isnan(value):
+            sums[row.episode] += value
+    return list(sums.values())
 
 
 def pad_turns(values: Sequence[Sequence[float]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,8 @@ class _Context:
 
     def __init__(self, tokenizer, eos_token_ids: list[int] | None = None, chat_template_kwargs: dict | None = None):
         self.tokenizer = tokenizer
-        self.eos_token_ids = frozenset(eos_token_ids if eos_token_ids is not None else [tokenizer.eos_token_id])
+        eos_token_ids = [tokenizer.eos_token_id] if eos_token_ids is None else eos_token_ids
+        self.eos_token_ids = frozenset(eos_token_ids) - {None}
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         if getattr(tokenizer, "chat_template", None) is None:
             self.chat_template_kwargs.setdefault("chat_template", PLAIN_CHAT_TEMPLATE)
@@ -72,7 +73,7 @@ class _Context:
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """The text of a reply, without the token that ended it."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]):
         raise NotImplementedError
@@ -101,7 +102,10 @@ class ChatContext(_Context):
                 {"role": "user", "content": message},
             ]
         )
-        ids = self.encode(rendered.rpartition(_REPLY)[2])
+        _, found, rest = rendered.partition(_REPLY)
+        if not found:
+            raise ValueError("The chat template leaves out the assistant's messages: use one that shows them.")
+        ids = self._encode_after_reply(rest)
         # The template closes the reply; a reply that closed itself must not be closed twice. Some templates put a
         # space before the closing token, hence the look a little further.
         if last_id in self.eos_token_ids:
@@ -109,6 +113,11 @@ class ChatContext(_Context):
                 if token == last_id:
                     return ids[position + 1 :]
         return ids
+
+    def _encode_after_reply(self, text: str) -> list[int]:
+        # Some tokenizers treat the start of a text as the start of a word
+        reply, both = self.encode(_REPLY), self.encode(_REPLY + text)
+        return both[len(reply) :] if both[: len(reply)] == reply else self.encode(text)
 
 
 class ChatReader:
@@ -187,6 +196,21 @@ class WindowReader:
         text = window_message(self.briefing, lines, self.open, self.note)
         self.prompt_ids = self.context.encode(self.context.render([{"role": "user", "content": text}]))
         self.input_ids = self.prompt_ids
+
+
+def make_context(
+    name: str,
+    tokenizer,
+    eos_token_ids: list[int] | None = None,
+    chat_template_kwargs: dict | None = None,
+    window: int | None = None,
+) -> ChatContext | WindowContext:
+    """The context that a configuration calls `name`: `"chat"` or `"window"`."""
+    if name == "chat":
+        return ChatContext(tokenizer, eos_token_ids, chat_template_kwargs)
+    if name == "window":
+        return WindowContext(tokenizer, eos_token_ids, chat_template_kwargs, window)
+    raise ValueError(f'context={name!r} is unknown: choose "chat" or "window".')
 
 
 def opening_message(briefing: Briefing, observation: str) -> str:

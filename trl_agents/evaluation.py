@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .actions import ActionParser
 from .agents import Agent, make_agent, play_episode
+from .contexts import Briefing, make_context
 from .envs.make import make_env
+from .rollout.generation import Sampling, SlotBackend, replay
 from .rollout.metrics import coverage, regret
+from .rollout.play import Episode, Player, Rules
+from .rollout.workers import EnvPool
 from .types import Trajectory
 
 
@@ -87,6 +94,86 @@ def play_agents(
     finally:
         made.close()
     return played
+
+
+def held_out_seeds(n: int) -> range:
+    """Seeds for evaluation: far behind those of training, which count from 0."""
+    return range(1_000_000_000, 1_000_000_000 + n)
+
+
+def play_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    env: str | Callable[..., Any],
+    seeds: Sequence[int],
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+    parser: ActionParser | None = None,
+    context: str = "chat",
+    window: int | None = None,
+    rules: Rules | None = None,
+    temperature: float = 1.0,
+    n_slots: int = 32,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Trajectory]:
+    """
+    Let a language model play one episode from each seed.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        env (`str` or `Callable`):
+            Environment id, class or factory.
+        seeds (`Sequence[int]`):
+            One episode each.
+        env_kwargs (`Mapping`, *optional*):
+            Arguments of the environment.
+        parser ([`ActionParser`], *optional*):
+            Takes actions out of replies. Defaults to `ACTION=X`.
+        context, window (*optional*):
+            What the model reads each turn, as in [`AgentGRPOConfig`].
+        rules ([`Rules`], *optional*):
+            Budgets, and what an invalid action leads to.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature, 0 for greedy decoding.
+        n_slots (`int`, *optional*, defaults to `32`):
+            Episodes side by side.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds the sampling.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        `list[Trajectory]`, in the order of the seeds.
+    """
+    factory = functools.partial(make_env, env, **(env_kwargs or {}))
+    probe = factory()
+    briefing = Briefing.of(probe)
+    probe.close()
+    eos = model.generation_config.eos_token_id
+    eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    sampling = Sampling(tuple(sorted(eos_token_ids)), temperature)
+    n_slots = max(min(n_slots, len(seeds)), 1)
+    if SlotBackend.unsupported(model) is None:
+        backend = SlotBackend(model, n_slots, sampling)
+    else:
+        backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
+    if rules is None:
+        rules = Rules(max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    pool = EnvPool(factory, n_slots)
+    training = model.training
+    model.eval()
+    try:
+        reader = make_context(context, tokenizer, list(eos_token_ids), window=window)
+        player = Player(pool, backend, reader, parser or ActionParser(), briefing, rules)
+        episodes = [Episode(number, (seed,)) for number in seeds]
+        return player.play(episodes, progress=progress, description="Model")[0]
+    finally:
+        model.train(training)
+        pool.close()
 
 
 def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str, Interval]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from ._trl import SFTConfig, SFTTrainer
 from .actions import ActionParser
-from .agents import Agent, play_episode
+from .agents import Agent, RandomAgent, play_episode
 from .contexts import Briefing, opening_message, transition_line, window_message
 from .envs.make import make_env
 from .types import Trajectory
 
+
+# Seeds of the transcripts start here: apart from training seeds (from 0) and held-out ones (from 1e9).
+TRANSCRIPT_SEEDS = 500_000_000
 
 # ChatML, as Qwen's, without system prompt and tools.
 CHAT_TEMPLATE = (
@@ -33,14 +38,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
     """
     A byte-level BPE tokenizer trained on `texts`: what occurs often there becomes one token, anything else is spelled.
 
     Args:
         texts (`Iterable[str]`):
             What the model will read and write.
-        vocab_size (`int`, *optional*, defaults to `512`):
+        vocab_size (`int`, *optional*, defaults to `800`):
             Most tokens, at least 256 bytes + 3 special ones.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -54,7 +59,9 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The template's own words too, so that a turn's frame is a few tokens and not a spelled-out word
+    frames = ["user\n", "assistant\n"] * 100
+    tokenizer.train_from_iterator([*texts, *frames], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -82,6 +89,8 @@ def tiny_model(
         num_key_value_heads=max(hidden_size // 32, 1),
         head_dim=32,
         max_position_embeddings=max_position_embeddings,
+        # 0.02 is made for widths of thousands; at this width it would take most of the warm-up to grow out of it
+        initializer_range=hidden_size**-0.5,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
@@ -92,10 +101,83 @@ def tiny_model(
         return Qwen3ForCausalLM(config)
 
 
+def make_tiny_model(
+    env: Any,
+    output_dir: str | Path,
+    *,
+    n_transcripts: int = 600,
+    seed: int = 0,
+    agent: Agent | None = None,
+    context: str = "chat",
+    window: int | None = None,
+    parser: ActionParser | None = None,
+    disable_tqdm: bool = False,
+    **sft_kwargs: Any,
+) -> str:
+    """
+    Make the small model and its tokenizer, warm them up on transcripts of a scripted player, save them.
+
+    Every process of a distributed run must call this; they train together.
+
+    Args:
+        env (`str` or `Callable`):
+            Environment id, class or factory: what the model will play.
+        output_dir (`str` or `Path`):
+            Where the model and the tokenizer are saved.
+        n_transcripts (`int`, *optional*, defaults to `600`):
+            Number of episodes to learn from.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds the weights, the episodes (none of which training or evaluation meets again) and the order of both.
+        agent ([`Agent`], *optional*):
+            Whose episodes. Defaults to the random player.
+        context, window, parser (*optional*):
+            As for [`play_transcripts`].
+        disable_tqdm (`bool`, *optional*, defaults to `False`):
+            Whether to train without a progress bar.
+        **sft_kwargs:
+            Arguments of [`~trl.SFTConfig`] in place of the defaults here.
+
+    Returns:
+        `str`: `output_dir`, for `from_pretrained`.
+    """
+    seeds = range(TRANSCRIPT_SEEDS + seed * n_transcripts, TRANSCRIPT_SEEDS + (seed + 1) * n_transcripts)
+    dataset = play_transcripts(env, agent or RandomAgent(), seeds, parser=parser, context=context, window=window)
+    texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
+    tokenizer = tiny_tokenizer(texts)
+    model = tiny_model(tokenizer, seed=seed)
+    # Loss on all tokens, not only the replies: reading an episode is what teaches the model to look things up in it
+    defaults = {
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 25,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": seed,
+        "disable_tqdm": disable_tqdm,
+    }
+    args = SFTConfig(str(output_dir), **{**defaults, **sft_kwargs})
+    trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(str(output_dir))
+    trainer.accelerator.wait_for_everyone()
+    return str(output_dir)
+
+
 def plain_rationale(observation: str, action: str) -> str:
-    """A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so."""
+    """
+    A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so, and
+    whether the next is the same. It only puts into words what the player does, and so gives training words to decide by.
+    """
     last = re.search(r"Action=(\S.*?) Reward=(\S+)", observation)
-    return f"{last[1]} gave {last[2]}." if last else f"I try {action}."
+    if last is None:
+        return f"I try {action}."
+    return f"{last[1]} gave {last[2]}: {'stay' if action == last[1] else 'switch'}."
 
 
 def play_transcripts(

@@ -101,3 +101,14 @@ class Trajectory:
     def steps(self) -> int:
         """Number of environment steps (turns that asked again are not steps)."""
         return sum(turn.executed is not None for turn in self.turns)
+
+    def __str__(self) -> str:
+        """The episode as text: what was observed, what was answered, what was played in place of an invalid answer."""
+        lines = []
+        for turn in self.turns:
+            lines += [turn.observation] if turn.observation else []
+            lines.append(f"> {turn.text}")
+            if not turn.parsed.is_valid:
+                played = f"; {turn.executed} was played" if turn.executed is not None else ""
+                lines.append(f"  (invalid, {turn.parsed.reason.value}{played})")
+        return "\n".join([*lines, self.final_observation, f"[{self.stop.value}, return {self.return_:g}]"])

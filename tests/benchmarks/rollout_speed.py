@@ -106,7 +106,7 @@ PARSER = ActionParser(patterns=[r'"action": "(\w+)"'])
 
 
 def observation(step: int) -> str:
-    return f"Step {step}. You played left and got a reward of {step % 2}. What is your next action?"
+    return f"Step={step} Action=left Reward={step % 2}"
 
 
 def play(action: str) -> str:
@@ -241,8 +241,6 @@ class TRLLoop:
         def play(self, action: str) -> str:
             self.steps += 1
             return observation(self.steps)
-
-        play.__doc__ = play.__doc__ or None
 
         def get_reward(self) -> float:
             return 1.0

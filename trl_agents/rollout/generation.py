@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .cache import SlotCache
+from .cache import SlotModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +121,19 @@ class SlotBackend:
     def __init__(self, model: PreTrainedModel, n_slots: int, sampling: Sampling):
         problem = self.unsupported(model)
         if problem:
-            raise ValueError(f"SlotBackend cannot decode with {type(model).__name__}: {problem}. Use ReplayBackend.")
-        self.model = model
-        self.config = model.config.get_text_config()
+            raise ValueError(
+                f"SlotBackend cannot decode with {type(model).__name__}: {problem}. Use `replay` instead."
+            )
+        self.decoder = SlotModel(model, n_slots)
         self.sampling = sampling
         self.warpers = sampling.warpers()
-        self.device = model.device
         self.slots = [_Slot() for _ in range(n_slots)]
-        self.cache = SlotCache(n_slots, self.config.num_hidden_layers)
-        self.eos = torch.tensor(sampling.eos_token_ids, device=self.device)
-        self.eager = self.config._attn_implementation == "eager"
+        self.eos = torch.tensor(sampling.eos_token_ids, dtype=torch.long, device=self.decoder.device)
 
     @staticmethod
     def unsupported(model: PreTrainedModel) -> str | None:
-        """Why this model needs [`ReplayBackend`], or None."""
-        config = model.config.get_text_config()
-        if config._attn_implementation not in ("sdpa", "eager"):
-            return f"its attention is {config._attn_implementation!r}, which takes no per-row mask"
-        other = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-        if other or getattr(model, "_is_stateful", False):
-            return f"it has layers without a key-value cache ({', '.join(sorted(other)) or 'stateful'})"
-        return None
+        """Why this model needs [`replay`], or None."""
+        return SlotModel.unsupported(model)
 
     @property
     def busy(self) -> bool:
@@ -154,6 +146,8 @@ class SlotBackend:
         state = self.slots[slot]
         if state.active:
             raise ValueError(f"slot {slot} is still busy")
+        if not prompt_ids:
+            raise ValueError("the prompt is empty: there is nothing to answer to")
         cached = state.ids[: state.n_cached]
         if prompt_ids[: len(cached)] != cached:
             cached = cached[: _common_prefix_length(cached, prompt_ids)]
@@ -162,7 +156,6 @@ class SlotBackend:
         state.ids, state.n_prompt = list(prompt_ids), len(prompt_ids)
         state.limit, state.rng, state.active = len(prompt_ids) + max_new_tokens, rng, True
 
-    @torch.no_grad()
     def step(self) -> list[tuple[int, Reply]]:
         active = [index for index, slot in enumerate(self.slots) if slot.active]
         if not active:
@@ -171,17 +164,16 @@ class SlotBackend:
         # Riding along costs less than gathering the cache, until few of the rows have something to say
         block = active[-1] + 1
         rows = active if 2 * len(active) <= block else list(range(block))
-        tokens, positions = [], []
-        for index in rows:
-            slot = self.slots[index]
-            position = slot.n_cached  # an idle row writes behind its last cached token, where nothing is read
-            tokens.append(slot.ids[position] if slot.active else 0)
-            positions.append(position)
-        logits = self._forward(None if len(rows) == block else rows, torch.tensor(tokens)[:, None], torch.tensor(positions)[:, None])
-        where = [row for row, index in enumerate(rows) if self.slots[index].active]
-        sampled = self._sample(logits[where, -1] if len(where) < len(rows) else logits[:, -1], active)
+        slots = [self.slots[index] for index in rows]
+        # An idle row writes behind its last cached token, where nothing is read
+        tokens = [[slot.ids[slot.n_cached] if slot.active else 0] for slot in slots]
+        logits = self.decoder.read(
+            None if len(rows) == block else rows, tokens, [slot.n_cached for slot in slots]
+        )  # (b, V)
+        if len(active) < len(rows):
+            logits = logits[[row for row, slot in enumerate(slots) if slot.active]]
         finished = []
-        for index, token, ended in sampled:
+        for index, token, ended in self._sample(logits, active):
             slot = self.slots[index]
             slot.n_cached += 1
             slot.ids.append(token)
@@ -195,68 +187,19 @@ class SlotBackend:
         if not indices:
             return
         # Fresh slots that start alike (a group's prompt) are computed once
-        copies: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[tuple[int, ...], list[int]] = {}
         for index in indices:
             slot = self.slots[index]
             key = tuple(slot.ids[:-1]) if slot.n_cached == 0 else (-1, index)
-            copies.setdefault(key, []).append(index)
-        rows = [members[0] for members in copies.values()]
-        lengths = [len(self.slots[index].ids) - 1 - self.slots[index].n_cached for index in rows]
-        width = max(lengths)
-        tokens = torch.zeros((len(rows), width), dtype=torch.long)
-        positions = torch.zeros((len(rows), width), dtype=torch.long)
-        for row, (index, length) in enumerate(zip(rows, lengths, strict=True)):
-            slot = self.slots[index]
-            tokens[row, :length] = torch.tensor(slot.ids[slot.n_cached : -1])
-            # Right padding writes beyond the row's end, where the next tokens overwrite it
-            positions[row] = torch.arange(slot.n_cached, slot.n_cached + width)
-        self._forward(rows, tokens, positions)
-        for members in copies.values():
-            length = len(self.slots[members[0]].ids) - 1
-            self.cache.copy(members[0], members[1:], length)
-            for index in members:
+            alike.setdefault(key, []).append(index)
+        rows = [members[0] for members in alike.values()]
+        slots = [self.slots[index] for index in rows]
+        self.decoder.read(rows, [slot.ids[slot.n_cached : -1] for slot in slots], [slot.n_cached for slot in slots])
+        for first, *others in alike.values():
+            length = len(self.slots[first].ids) - 1
+            self.decoder.cache.copy(first, others, length)
+            for index in (first, *others):
                 self.slots[index].n_cached = length
-
-    def _forward(self, rows: list[int] | None, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        positions = positions.to(self.device)
-        self.cache.aim(None if rows is None else torch.tensor(rows, device=self.device), positions)
-        return self.model(
-            input_ids=tokens.to(self.device),
-            position_ids=self._model_positions(positions),
-            attention_mask=self._mask(positions),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-
-    def _model_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        # Padding of a ragged block may lie past a table of learnt positions; what it computes is never read
-        limit = getattr(self.config, "max_position_embeddings", None)
-        return positions.clamp(max=limit - 1) if limit else positions
-
-    def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        columns = torch.arange(self.cache.columns, device=self.device)
-        causal = (columns <= positions[..., None])[:, None]  # (b, 1, n, columns)
-        window = getattr(self.config, "sliding_window", None)
-        layer_types = getattr(self.config, "layer_types", None)
-        if layer_types is None:
-            if window is not None:
-                causal = causal & (columns > positions[..., None] - window)[:, None]
-            return self._as_attention_mask(causal)
-        masks = {"full_attention": self._as_attention_mask(causal)}
-        if "sliding_attention" in layer_types and window is not None:
-            masks["sliding_attention"] = self._as_attention_mask(
-                causal & (columns > positions[..., None] - window)[:, None]
-            )
-        return masks
-
-    def _as_attention_mask(self, allowed: torch.Tensor) -> torch.Tensor:
-        if not self.eager:
-            return allowed
-        dtype = self.model.dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
 
     def _sample(self, logits: torch.Tensor, active: list[int]) -> list[tuple[int, int, bool]]:
         """`logits` of shape `(len(active), V)` -> (slot, token, whether it ends the reply)."""
@@ -266,7 +209,9 @@ class SlotBackend:
             # Inverse of the cumulative distribution: one number of the episode's own luck per token
             uniform = [self.slots[index].rng.random() for index in active]
             probs = self.warpers(None, logits.float()).softmax(-1)
-            cumulative = probs.cumsum(-1, dtype=torch.float64)
+            cumulative = probs.cumsum(-1, dtype=torch.float64)  # (b, V)
+            if cumulative[:, -1].isnan().any():
+                raise FloatingPointError("the model's logits are not numbers: its weights have diverged")
             threshold = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
             tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
         ended = torch.isin(tokens, self.eos)
@@ -322,35 +267,48 @@ class BatchBackend:
 
 def replay(model: PreTrainedModel, sampling: Sampling, pad_token_id: int) -> BatchBackend:
     """
-    A backend for models [`SlotBackend`] cannot decode with (recurrent layers, other attention): plain `generate`, which
-    reads the whole history again at each turn. Slower, and sampled from torch's global generator.
+    A backend for models [`SlotBackend`] cannot decode with (recurrent layers, other attention): plain `generate`,
+    which reads the whole history again at each turn. Slower, and sampled from torch's global generator.
     """
+
+    how = {"do_sample": False}
+    if sampling.temperature != 0.0:
+        how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        how |= {"top_k": sampling.top_k, "min_p": sampling.min_p}
 
     @torch.no_grad()
     def generate(prompts: list[list[int]], budgets: list[int]) -> list[Reply]:
+        replies: list[Reply | None] = [None] * len(prompts)
+        # One budget a call: a row that went on beyond its own would run past the model's positions
+        for budget in sorted(set(budgets)):
+            members = [number for number, value in enumerate(budgets) if value == budget]
+            rows = answer([prompts[number] for number in members], budget)
+            for number, ids in zip(members, rows, strict=True):
+                end = next((i for i, token in enumerate(ids) if token in sampling.eos_token_ids), None)
+                replies[number] = Reply(tuple(ids if end is None else ids[: end + 1]), cut_off=end is None)
+        return replies
+
+    def answer(prompts: list[list[int]], budget: int) -> list[list[int]]:
         width = max(map(len, prompts))
         ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         config = GenerationConfig(
-            do_sample=sampling.temperature != 0.0,
-            temperature=sampling.temperature or 1.0,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_new_tokens=max(budgets),
+            **how,
+            max_new_tokens=budget,
             eos_token_id=list(sampling.eos_token_ids),
             pad_token_id=pad_token_id,
             disable_compile=True,
         )
-        output = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-        )
-        replies = []
-        for row, budget in zip(output[:, width:].tolist(), budgets, strict=True):
-            row = row[:budget]
-            end = next((i for i, token in enumerate(row) if token in sampling.eos_token_ids), None)
-            replies.append(Reply(tuple(row if end is None else row[: end + 1]), cut_off=end is None))
-        return replies
+        # What a configuration leaves open, `generate` takes from the model's own, a repetition penalty for example
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own, inner.generation_config = inner.generation_config, config
+        try:
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            )
+        finally:
+            inner.generation_config = own
+        return output[:, width:].tolist()
 
     return BatchBackend(generate)
 

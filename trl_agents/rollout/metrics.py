@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 from ..types import InvalidReason, StopReason, Trajectory
 from .play import Clock
@@ -35,7 +36,7 @@ def coverage(trajectory: Trajectory) -> float | None:
 
 def regret(trajectory: Trajectory) -> float | None:
     """Cumulative pseudo-regret: the sum of `info["regret"]`, None where the environment does not know it."""
-    values = [turn.info["regret"] for turn in trajectory.turns if "regret" in turn.info]
+    values = [turn.info["regret"] for turn in trajectory.turns if isinstance(turn.info.get("regret"), Real)]
     return sum(values) if values else None
 
 

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +75,11 @@ class Rules:
     def __post_init__(self):
         if self.invalid_action not in INVALID_ACTION_CHOICES:
             raise ValueError(
-                f"invalid_action={self.invalid_action!r} is unknown: choose one of {', '.join(INVALID_ACTION_CHOICES)}."
+                f"invalid_action={self.invalid_action!r} is unknown: choose one of "
+                f"{', '.join(INVALID_ACTION_CHOICES)}."
             )
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries={self.max_retries!r}: give 0 or more.")
         for name in ("max_new_tokens", "max_length", "max_turns"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -127,8 +132,8 @@ class Player:
         rules ([`Rules`]):
             Budgets, and what an invalid action leads to.
         patience (`float`, *optional*, defaults to `0.02`):
-            Seconds to wait for environments while others could decode. Fast environments always answer within it, so
-            that which episodes decode together does not depend on the machine's load.
+            How long after its question an environment is waited for while other episodes could decode. Fast ones
+            answer within it, so that episodes decode together; a slow one holds the others up no longer than this.
     """
 
     def __init__(
@@ -154,7 +159,9 @@ class Player:
         queue = deque(enumerate(episodes))
         free = list(range(len(self.pool.workers)))[::-1]
         live: dict[int, _Live] = {}
-        with _Bar(len(episodes), progress, description) as bar:
+        with _Bar(len(episodes), progress, description) as bar, ExitStack() as on_leaving:
+            # If this is interrupted or fails, the pool's next rollout must not receive answers meant for this one
+            on_leaving.callback(self.pool.give_up)
 
             def finish(slot: int, stop: StopReason, error: str | None = None) -> None:
                 episode = live.pop(slot)
@@ -168,13 +175,13 @@ class Player:
                     slot = free.pop()
                     live[slot] = _Live(index, episode, np.random.default_rng([episode.seed % 2**32, *episode.luck]))
                     self.pool.reset(slot, episode.seed, episode.options)
+                idle = not self.backend.busy
                 waited = time.perf_counter()
-                replies = self.pool.collect(self.patience if self.backend.busy else None)
-                if not self.backend.busy:
-                    clock.env_wait += time.perf_counter() - waited
-                for reply in replies:
-                    clock.env += reply.seconds
-                    self._on_environment(live[reply.slot], reply, finish, bar)
+                env_replies = self.pool.collect(self.patience, block=idle)
+                clock.env_wait += (time.perf_counter() - waited) * idle
+                for env_reply in env_replies:
+                    clock.env += env_reply.seconds
+                    self._on_environment(live[env_reply.slot], env_reply, finish)
                 if self.backend.busy:
                     decoding = time.perf_counter()
                     replies = self.backend.step()
@@ -185,35 +192,30 @@ class Player:
         clock.wall = time.perf_counter() - started
         return finished, clock
 
-    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: _Bar) -> None:
+    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable) -> None:
         live.env_seconds += reply.seconds
         if reply.fault is not None:
             return finish(reply.slot, reply.fault, reply.error)
+        live.observation, live.info = reply.observation, reply.info
         if live.pending is None:
+            live.reset_info = reply.info
             briefing = self.briefing
             if "instructions" in reply.info:
-                briefing = Briefing(reply.info["instructions"], briefing.history_header, briefing.question)
+                briefing = dataclasses.replace(briefing, instructions=reply.info["instructions"])
             live.reader = self.context.begin(briefing, reply.observation, reply.info)
-            live.reset_info = reply.info
-        else:
-            turn = Turn(**live.pending, reward=reply.reward, info=reply.info)
-            live.turns.append(turn)
-            live.pending, live.retries = None, 0
-        live.observation, live.info, previous = reply.observation, reply.info, live.turns[-1] if live.turns else None
+            return self._submit(reply.slot, live, finish)
+        turn = Turn(**live.pending, reward=reply.reward, info=reply.info)
+        live.turns.append(turn)
+        live.pending, live.retries = None, 0
         if reply.terminated or reply.truncated:
             return finish(reply.slot, StopReason.TERMINATED if reply.terminated else StopReason.TRUNCATED)
-        if self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns:
+        if self._out_of_turns(live):
             return finish(reply.slot, StopReason.MAX_TURNS)
-        if previous is not None:
-            live.reader.observe(
-                previous.action_ids, previous.executed, previous.reward, reply.observation, reply.info
-            )
+        live.reader.observe(turn.action_ids, turn.executed, turn.reward, reply.observation, reply.info)
         self._submit(reply.slot, live, finish)
 
     def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
-        budget = self.rules.max_new_tokens
-        if self.rules.max_length is not None:
-            budget = min(budget, self.rules.max_length - len(live.reader.prompt_ids))
+        budget = self._budget(live)
         if budget < 1:
             if not live.turns:
                 raise ValueError(
@@ -223,11 +225,21 @@ class Player:
             return finish(slot, StopReason.CONTEXT_FULL)
         self.backend.submit(slot, live.reader.prompt_ids, budget, live.rng)
 
+    def _budget(self, live: _Live) -> int:
+        if self.rules.max_length is None:
+            return self.rules.max_new_tokens
+        return min(self.rules.max_new_tokens, self.rules.max_length - len(live.reader.prompt_ids))
+
+    def _out_of_turns(self, live: _Live) -> bool:
+        return self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns
+
     def _on_reply(self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: _Bar) -> None:
         text = self.context.decode(reply.ids)
         legal_actions = live.info.get("legal_actions")
         parsed = self.parser.parse(text, legal_actions, cut_off=reply.cut_off)
         bar.turn(parsed)
+        if reply.cut_off and not parsed.is_valid and live.turns and self._budget(live) < self.rules.max_new_tokens:
+            return finish(slot, StopReason.CONTEXT_FULL)  # the room ran out, which is no fault of the reply
         turn = {
             "observation": live.observation,
             "input_ids": tuple(live.reader.input_ids),
@@ -242,10 +254,13 @@ class Player:
         action = parsed.action
         if action is None and self.rules.invalid_action == "random":
             if not legal_actions:
-                raise ValueError(
-                    'invalid_action="random" needs legal actions to choose from, but the environment\'s `info` has no '
-                    '"legal_actions". Choose invalid_action="retry" or "end", or let the environment list them.'
+                problem = (
+                    "invalid_action='random' needs legal actions to choose from, but the environment's `info` has no "
+                    "'legal_actions'. Use invalid_action='retry' or 'end', or let the environment list them."
                 )
+                if not live.reset_info.get("legal_actions"):
+                    raise ValueError(problem)
+                return finish(slot, StopReason.ENV_ERROR, f"At turn {len(live.turns)}: {problem}")
             action = legal_actions[live.rng.integers(len(legal_actions))]
         if action is not None:
             live.pending = {**turn, "executed": action}
@@ -254,17 +269,20 @@ class Player:
         live.retries += 1
         if self.rules.invalid_action == "end" or live.retries > self.rules.max_retries:
             return finish(slot, StopReason.INVALID_ACTION)
-        if self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns:
+        if self._out_of_turns(live):
             return finish(slot, StopReason.MAX_TURNS)
-        live.reader.ask(reply.ids, self._ask_again(legal_actions))
         live.observation = self._ask_again(legal_actions)
+        live.reader.ask(reply.ids, live.observation)
         self._submit(slot, live, finish)
 
     def _ask_again(self, legal_actions: list[str] | None) -> str:
         if not legal_actions:
             return "No action could be read from your answer. State it once more."
-        example = self.parser.format(legal_actions[0])
-        return f"That is no legal action. Legal actions: {', '.join(legal_actions)}. Answer in the form {example}"
+        try:
+            form = f" Answer in the form {self.parser.format(legal_actions[0])}"
+        except ValueError:  # no pattern can produce it
+            form = ""
+        return f"That is no legal action. Legal actions: {', '.join(legal_actions)}.{form}"
 
     def _trajectory(self, live: _Live, stop: StopReason, error: str | None) -> Trajectory:
         return Trajectory(
@@ -283,7 +301,8 @@ class _Bar:
     """Progress for people: episodes done, steps played, share of valid actions."""
 
     def __init__(self, total: int, enabled: bool, description: str):
-        self.bar = tqdm(total=total, desc=description, unit="ep", leave=False, disable=not enabled)
+        # Without `miniters` the bar would show turns only when an episode ends
+        self.bar = tqdm(total=total, desc=description, unit="ep", leave=False, disable=not enabled, miniters=0)
         self.turns = self.valid = 0
 
     def turn(self, parsed: ParsedAction) -> None:
@@ -291,6 +310,7 @@ class _Bar:
         self.valid += parsed.is_valid
         if not self.bar.disable:
             self.bar.set_postfix(turns=self.turns, valid=f"{self.valid / self.turns:.0%}", refresh=False)
+            self.bar.update(0)
 
     def episode(self) -> None:
         self.bar.update()

@@ -6,12 +6,17 @@ from __future__ import annotations
 import math
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from ..types import StopReason
+
+
+# How long closing the environments may take, all together.
+CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,13 @@ class EnvPool:
         n_slots (`int`):
             Number of environments.
         timeout (`float`, *optional*):
-            Seconds a `reset` or a `step` may take. None waits for ever.
+            Seconds a `reset` (making the environment included, when it is the slot's first) or a `step` may take. None
+            waits for ever.
     """
 
     def __init__(self, factory: Callable[[], Any], n_slots: int, timeout: float | None = None):
+        if n_slots < 1:
+            raise ValueError(f"n_slots={n_slots!r} leaves no place to play in: give at least 1.")
         if timeout is not None and timeout <= 0:
             raise ValueError(f"timeout={timeout!r}: give a positive number of seconds, or None to wait for ever.")
         self.factory, self.timeout = factory, timeout
@@ -61,24 +69,25 @@ class EnvPool:
         """Play `action` in `slot`."""
         self._ask(slot, lambda env: _checked_step(env.step(action)))
 
-    def collect(self, wait: float | None) -> list[EnvReply]:
+    def collect(self, patience: float, block: bool) -> list[EnvReply]:
         """
-        The answers that have come. Waits up to `wait` seconds for all outstanding ones; None waits until at least one
-        has come, and then no longer.
+        The answers that have come. Waits for each until `patience` seconds after its question was asked, so that a
+        slow environment is waited for once and not at every call; with `block`, until at least one has come.
         """
         replies: list[EnvReply] = []
-        deadline = None if wait is None else time.monotonic() + wait
         while self.waiting:
-            patience = self._patience(deadline, bool(replies))
+            now = time.monotonic()
+            wait = math.inf if block and not replies else max(self.waiting.values()) + patience - now
+            until_late = math.inf if self.timeout is None else min(self.waiting.values()) + self.timeout - now
             try:
-                worker, slot, value, error, seconds = (
-                    self.answers.get_nowait() if patience <= 0 else self.answers.get(timeout=patience)
-                )
+                answer = self.answers.get(timeout=max(min(wait, until_late, 3600.0), 0.0))
             except Empty:
-                replies += self._time_out()
-                if (deadline is None and replies) or (deadline is not None and time.monotonic() >= deadline):
+                late = self._time_out()
+                replies += late
+                if wait <= 0 and not late:
                     break
                 continue
+            worker, slot, value, error, seconds = answer
             if self.workers[slot] is not worker:  # answer of a worker that was given up: it must not shift later ones
                 continue
             del self.waiting[slot]
@@ -89,24 +98,27 @@ class EnvPool:
                 replies.append(EnvReply(slot, *value, seconds=seconds))
         return sorted(replies, key=lambda reply: reply.slot)  # the order of arrival is not reproducible
 
-    def close(self) -> None:
-        """Close all environments. A worker that does not come back is left to die with the process."""
-        for slot in range(len(self.workers)):
+    def give_up(self) -> None:
+        """Discard the environments that have not answered: nobody will collect what they say."""
+        for slot in list(self.waiting):
             self._discard(slot)
         self.waiting.clear()
+
+    def close(self) -> None:
+        """Close all environments. One that does not come back is left to die with the process."""
+        self.give_up()
+        workers = [worker for worker in self.workers if worker is not None]
+        for slot in range(len(self.workers)):
+            self._discard(slot)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for worker in workers:
+            worker.thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _ask(self, slot: int, question: Callable[[Any], tuple]) -> None:
         if self.workers[slot] is None:
             self.workers[slot] = _Worker(self.factory, slot, self.answers)
         self.waiting[slot] = time.monotonic()
         self.workers[slot].questions.put(question)
-
-    def _patience(self, deadline: float | None, has_some: bool) -> float:
-        now = time.monotonic()
-        patience = (0.0 if has_some else math.inf) if deadline is None else deadline - now
-        if self.timeout is not None:
-            patience = min(patience, min(self.waiting.values()) + self.timeout - now)
-        return min(patience, 3600.0)
 
     def _time_out(self) -> list[EnvReply]:
         if self.timeout is None:
@@ -144,33 +156,45 @@ class _Worker:
                 if env is None:
                     env = factory()
                 value = question(env)
-            except Exception as exception:
-                error = f"{type(exception).__name__}: {exception}"
+            except BaseException as exception:  # also what would end the thread silently, and leave us waiting
+                error = "".join(traceback.format_exception_only(exception)).strip()
             answers.put((self, slot, value, error, time.monotonic() - started))
         try:
             if env is not None:
                 env.close()
-        except Exception:  # the episode is over: nothing depends on a clean end
+        except BaseException:  # the episode is over: nothing depends on a clean end
             pass
 
 
 def _checked_reset(answer: Any) -> tuple:
     observation, info = answer
-    _check_types(observation, info)
-    return observation, 0.0, False, False, dict(info)
+    return _checked_text(observation), 0.0, False, False, _checked_info(info)
 
 
 def _checked_step(answer: Any) -> tuple:
     observation, reward, terminated, truncated, info = answer
-    _check_types(observation, info)
     reward = float(reward)
     if not math.isfinite(reward):
         raise ValueError(f"the environment returned the reward {reward}")
-    return observation, reward, bool(terminated), bool(truncated), dict(info)
+    return _checked_text(observation), reward, bool(terminated), bool(truncated), _checked_info(info)
 
 
-def _check_types(observation: Any, info: Any) -> None:
+def _checked_text(observation: Any) -> str:
     if not isinstance(observation, str):
         raise TypeError(f"the environment returned an observation of type {type(observation).__name__}, not str")
+    return observation
+
+
+def _checked_info(info: Any) -> dict[str, Any]:
+    """A copy, so that what an environment changes later does not change the past. What we read must be as agreed."""
     if not isinstance(info, dict):
         raise TypeError(f"the environment returned an info of type {type(info).__name__}, not dict")
+    info = dict(info)
+    if (actions := info.get("legal_actions")) is not None:
+        if not isinstance(actions, (list, tuple)) or not all(isinstance(action, str) for action in actions):
+            raise TypeError(f"the environment returned legal_actions={actions!r}, not a list of str")
+        info["legal_actions"] = list(actions)
+    for name in ("instructions", "transition"):
+        if not isinstance(info.get(name, ""), str):
+            raise TypeError(f"the environment returned {name}={info[name]!r}, not str")
+    return info

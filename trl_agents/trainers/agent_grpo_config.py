@@ -49,7 +49,7 @@ class AgentGRPOConfig(GRPOConfig):
             `"turn"`: each turn's return-to-go minus its mean over the group's episodes at the same turn (a Monte-Carlo
             baseline, for episodes of fixed length). `"group"`: GRPO's, one advantage an episode.
         discount (`float`, *optional*, defaults to `1.0`):
-            Discount per turn of the return-to-go.
+            Discount per turn of the return-to-go; with `"group"`, of the episode's return.
         reward_normalization (`str`, *optional*, defaults to `"scale"`):
             What is done to the environment's rewards, with statistics over all rewards seen so far on all processes:
             `"scale"` divides by their standard deviation, `"standardize"` also subtracts their mean (which, where
@@ -71,6 +71,9 @@ class AgentGRPOConfig(GRPOConfig):
             trains on 512 instances.
         num_eval_seeds (`int`, *optional*, defaults to `64`):
             Number of held-out episodes for evaluation during training.
+        eval_temperature (`float`, *optional*):
+            Sampling temperature of evaluation episodes, 0 for greedy decoding (the paper's). Defaults to
+            `temperature`.
         rollout_batch_size (`int`, *optional*):
             Episodes side by side on each process. A place is used again as soon as its episode ends. Defaults to all
             episodes of the generation batch.
@@ -99,8 +102,8 @@ class AgentGRPOConfig(GRPOConfig):
     max_episode_length: int | None = field(
         default=None,
         metadata={
-            "help": "Most tokens of an episode's row, instructions included; an episode that outgrows it is truncated. "
-            "Defaults to the model's number of positions."
+            "help": "Most tokens of an episode's row, instructions included; an episode that outgrows it is "
+            "truncated. Defaults to the model's number of positions."
         },
     )
     max_turns: int | None = field(
@@ -110,8 +113,8 @@ class AgentGRPOConfig(GRPOConfig):
     advantage_estimator: str = field(
         default="turn",
         metadata={
-            "help": "'turn': each turn's return-to-go minus its mean over the group at the same turn (episodes of fixed "
-            "length). 'group': GRPO's, one advantage an episode.",
+            "help": "'turn': each turn's return-to-go minus its mean over the group at the same turn (episodes of "
+            "fixed length). 'group': GRPO's, one advantage an episode.",
             "choices": list(_CHOICES["advantage_estimator"]),
         },
     )
@@ -142,7 +145,7 @@ class AgentGRPOConfig(GRPOConfig):
     )
     env_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Keyword arguments of the environment, as JSON: \'{"n_arms": 10}\'.'},
+        metadata={"help": "Keyword arguments of the environment, as JSON: '{\"n_arms\": 10}'."},
     )
     num_train_seeds: int = field(
         default=512,
@@ -151,6 +154,10 @@ class AgentGRPOConfig(GRPOConfig):
     num_eval_seeds: int = field(
         default=64,
         metadata={"help": "Number of held-out episodes for evaluation during training."},
+    )
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature of evaluation episodes, 0 for greedy decoding. Defaults to `temperature`."},
     )
     rollout_batch_size: int | None = field(
         default=None,
@@ -169,7 +176,18 @@ class AgentGRPOConfig(GRPOConfig):
         for name in ("window", "max_turns", "max_episode_length", "rollout_batch_size", "num_train_seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} must be positive.")
+                raise ValueError(f"{name}={value!r}: give a number of at least 1.")
+        for name in ("max_retries", "num_eval_seeds", "eval_temperature"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value!r}: give a number of at least 0.")
+        if self.env_timeout is not None and self.env_timeout <= 0:
+            raise ValueError(f"env_timeout={self.env_timeout!r}: give a positive number, or None to wait for ever.")
+        if self.invalid_action_penalty > 0:
+            raise ValueError(
+                f"invalid_action_penalty={self.invalid_action_penalty!r} is added to the reward, and would praise "
+                f"invalid actions. Use {-self.invalid_action_penalty!r}, or 0."
+            )
         if not 0.0 <= self.discount <= 1.0:
             raise ValueError(f"discount={self.discount!r} must lie between 0 and 1.")
         if self.context == "chat" and self.window is not None:

@@ -6,7 +6,8 @@ import functools
 import math
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from .._trl import RolloutGRPOTrainer, RolloutRows, check_trl
 from ..actions import ActionParser
 from ..advantages import group_advantages, spread_over_tokens, turn_advantages
 from ..batch import Row, pad_turn_index, pad_turns, padding_row, rows_of
-from ..contexts import Briefing, ChatContext, WindowContext
+from ..contexts import Briefing, make_context
 from ..envs.make import make_env
+from ..evaluation import held_out_seeds
+from ..returns import discounted_returns
 from ..rollout.generation import Backend, Sampling, SlotBackend, replay
 from ..rollout.metrics import combine_metrics, rollout_metrics
 from ..rollout.play import Clock, Episode, Player, Rules
@@ -31,6 +34,21 @@ from .agent_grpo_config import AgentGRPOConfig
 
 # Losses that divide by the number of tokens: rows that weigh nothing leave them as they are.
 TOKEN_LOSSES = ("dapo", "bnpo", "cispo")
+
+# What a reader of the model card wants to know of how the agent was trained.
+CARD_SETTINGS = (
+    "context",
+    "max_completion_length",
+    "advantage_estimator",
+    "discount",
+    "num_generations",
+    "reward_normalization",
+    "invalid_action",
+    "invalid_action_penalty",
+    "beta",
+    "learning_rate",
+    "temperature",
+)
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -43,7 +61,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
     Trainer for agents that act in an environment over many steps, by Group Relative Policy Optimization.
 
     The only change w.r.t. [`~trl.GRPOTrainer`] is where completions and advantages come from: a completion is an
-    episode played in `env`, and its advantage may differ from turn to turn. TRL's loss, KL, clipping, logging, PEFT and
+    episode played in `env`, and its advantage may differ from turn to turn. Loss, KL, clipping, logging, PEFT and
     checkpoints are TRL's. Without `env` this is `GRPOTrainer`.
 
     The method is the one of [LLMs are Greedy Agents](https://huggingface.co/papers/2504.16078), section 3.2: chain of
@@ -84,6 +102,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             The other arguments of [`~trl.GRPOTrainer`] (`processing_class`, `peft_config`, `callbacks`, ...).
     """
 
+    env_pool: EnvPool | None = None
+
     _tag_names = ["trl", "grpo", "trl-agents"]
     _name = "AgentGRPO"
     _paper = {
@@ -93,7 +113,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         "citation": textwrap.dedent("""\
             @article{schmied2025greedy,
                 title        = {{LLMs are Greedy Agents: Effects of RL Fine-tuning on Decision-Making Abilities}},
-                author       = {Thomas Schmied and J{\\"o}rg Bornschein and Jordi Grau-Moya and Markus Wulfmeier and Razvan Pascanu},
+                author       = {Thomas Schmied and J{\\"o}rg Bornschein and Jordi Grau-Moya and Markus Wulfmeier and
+                                Razvan Pascanu},
                 year         = 2025,
                 eprint       = {arXiv:2504.16078},
             }"""),
@@ -121,34 +142,66 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
 
         if args is None:
             args = AgentGRPOConfig("agent-grpo")
+        elif not isinstance(args, AgentGRPOConfig):
+            raise ValueError(f"`args` is a `{type(args).__name__}`: with `env`, pass an `AgentGRPOConfig`.")
+        self.env_name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
+        self.card_results = ""  # Markdown: what the trained agent achieved
         self.env_factory = functools.partial(make_env, env, **(args.env_kwargs or {}))
         self.action_parser = action_parser or ActionParser()
-        self._check_settings(args)
-        probe = self._probe(args)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
-        if args.reward_weights is not None and len(args.reward_weights) == len(reward_funcs):
-            args.reward_weights = [1.0, *args.reward_weights]  # the environment's own reward
+        self._check_settings(args, model, reward_funcs, kwargs)
+        probe = self._probe(args)
         if kwargs.get("reward_processing_classes") is not None:
             classes = kwargs["reward_processing_classes"]
             kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
         if train_dataset is None:
             train_dataset = episode_dataset(range(args.num_train_seeds))
         if eval_dataset is None and args.eval_strategy != "no":
-            # Behind all training seeds, so that a longer training set never runs into it
-            eval_dataset = episode_dataset(range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + args.num_eval_seeds))
-        super().__init__(
-            model, [environment_reward, *reward_funcs], args, _checked(train_dataset), _checked(eval_dataset), **kwargs
-        )
+            eval_dataset = episode_dataset(held_out_seeds(args.num_eval_seeds))
+        _check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+        _check_dataset(eval_dataset)
+        weights, args.reward_weights = args.reward_weights, None
+        try:
+            super().__init__(model, [environment_reward, *reward_funcs], args, train_dataset, eval_dataset, **kwargs)
+        finally:
+            args.reward_weights = weights
+        if weights is not None:  # they weigh what is added to the environment's own reward
+            self.reward_weights = torch.tensor([1.0, *weights])
         self.rollout_func = self.rollout_output
-        self.reward_statistics = RunningMeanStd(epsilon=1e-4)
+        self.reward_statistics = RunningMeanStd(epsilon=0)  # exact: nothing is assumed before the first rewards
         self.briefing = probe
-        self.context = self._make_context()
-        self.env_pool: EnvPool | None = None
+        self.context = make_context(
+            args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
+        )
+        self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
 
     # -- checks, all before anything is loaded or written ------------------------------------------------------------
 
-    def _check_settings(self, args: AgentGRPOConfig) -> None:
+    def _check_settings(self, args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs: dict[str, Any]) -> None:
+        for name in ("rollout_func", "environment_factory", "tools"):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` and `env` both say how completions are made: pass only one of them.")
+        if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+            raise ValueError(
+                f"reward_weights={args.reward_weights} for {len(reward_funcs)} reward functions: give one weight for "
+                "each of `reward_funcs`. The environment's own reward weighs 1."
+            )
+        if args.max_completion_length is None or args.max_completion_length < 1:
+            raise ValueError(
+                f"max_completion_length={args.max_completion_length} is the token budget of one reply: give a "
+                "positive number."
+            )
+        if args.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would remove the dataset's column 'seed'. Use False with an environment."
+            )
+        with_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+        if args.beta != 0.0 and not with_adapter and not isinstance(model, str) and not model.name_or_path:
+            raise ValueError(
+                f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
+                "one was made in memory. Save it and pass the folder, or use beta=0.0."
+            )
         if args.context == "window" and args.loss_type not in TOKEN_LOSSES:
             raise ValueError(
                 f"loss_type={args.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
@@ -156,8 +209,14 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             )
         if args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                f"multi_objective_aggregation={args.multi_objective_aggregation!r} normalises each reward function over "
-                "episodes, which has no meaning for rewards per turn. Use 'sum_then_normalize'."
+                f"multi_objective_aggregation={args.multi_objective_aggregation!r} normalises each reward function "
+                "over episodes, which has no meaning for rewards per turn. Use 'sum_then_normalize'."
+            )
+        if not args.use_vllm and (args.generation_kwargs or args.use_transformers_continuous_batching):
+            raise ValueError(
+                f"generation_kwargs={args.generation_kwargs} and use_transformers_continuous_batching="
+                f"{args.use_transformers_continuous_batching} have no effect on episodes: use temperature, top_p, "
+                "top_k and min_p, or use_vllm."
             )
         if args.repetition_penalty != 1.0:
             raise ValueError(
@@ -169,6 +228,11 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         """Start one episode, to find out now what would otherwise fail in the middle of a run."""
         env = self.env_factory()
         try:
+            if not isinstance(getattr(env, "instructions", None), str):
+                raise ValueError(
+                    f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
+                    "begins. Give it that attribute."
+                )
             _, info = env.reset(seed=0)
             legal_actions = info.get("legal_actions")
             if legal_actions:
@@ -188,46 +252,68 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         mode = "train" if self.model.training else "eval"
         trajectories, clock = self._play(inputs, mode)
         self.trajectories = trajectories
-        self._record(trajectories, clock)
+        self._record(trajectories, clock, mode)
         self._normalize(trajectories, mode)
         return self._rows(trajectories, mode)
 
     def _play(self, inputs: list[dict[str, Any]], mode: str) -> tuple[list[Trajectory], Clock]:
         start = self.accelerator.process_index * len(inputs)
         # In training each rollout brings new luck; evaluations repeat theirs, so that they can be compared
-        round_ = self.state.global_step if mode == "train" else 0
+        luck = (self.args.seed, 0, 0)
+        if mode == "train":
+            step, before = self.rollouts_at_step
+            self.rollouts_at_step = (self.state.global_step, before + 1 if step == self.state.global_step else 0)
+            luck = (self.args.seed, 1, *self.rollouts_at_step)
         episodes = [
-            Episode(row["seed"], (self.args.seed, int(mode == "train"), round_, start + number), row.get("options"))
-            for number, row in enumerate(inputs)
+            Episode(row["seed"], (*luck, start + number), row.get("options")) for number, row in enumerate(inputs)
         ]
+        if mode == "train":
+            return self._play_episodes(episodes, self.temperature, "Rollout")
+        return self._play_episodes(episodes, self._eval_temperature, "Evaluation")
+
+    def play(self, seeds: Sequence[int]) -> list[Trajectory]:
+        """
+        Let the model play one episode from each seed, as in evaluation: nothing is learnt and nothing logged.
+
+        The seeds are shared out among the processes; every process gets all trajectories, in the order of the seeds.
+        """
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = list(seeds)[rank::world]
+        episodes = [Episode(seed, (self.args.seed, 0, 0)) for seed in own]
+        played, _ = self._play_episodes(episodes, self._eval_temperature, "Evaluation")
+        parts = gather_object([played])
+        return [parts[number % world][number // world] for number in range(len(seeds))]
+
+    def _play_episodes(
+        self, episodes: list[Episode], temperature: float, description: str
+    ) -> tuple[list[Trajectory], Clock]:
+        side_by_side = (
+            self.args.rollout_batch_size or self.args.per_device_train_batch_size * self.args.steps_per_generation
+        )
+        n_slots = max(min(side_by_side, len(episodes)), 1)
+        if self.env_pool is None or len(self.env_pool.workers) != n_slots:
+            self.close_environments()
+            self.env_pool = EnvPool(self.env_factory, n_slots, self.args.env_timeout)
         with self.weights_for_rollout() as model:
-            n_slots = min(self.args.rollout_batch_size or len(episodes), len(episodes))
-            if self.env_pool is None or len(self.env_pool.workers) < n_slots:
-                self.close_environments()
-                self.env_pool = EnvPool(self.env_factory, n_slots, self.args.env_timeout)
             player = Player(
                 self.env_pool,
-                self._make_backend(model, len(self.env_pool.workers)),
+                self._make_backend(model, n_slots, temperature),
                 self.context,
                 self.action_parser,
                 self.briefing,
                 self._rules(model),
             )
             show = self.accelerator.is_main_process and not self.args.disable_tqdm
-            return player.play(episodes, progress=show, description="Rollout" if mode == "train" else "Evaluation")
+            return player.play(episodes, progress=show, description=description)
 
-    def _make_context(self) -> ChatContext | WindowContext:
-        common = (self.text_tokenizer, self.eos_token_ids, self.args.chat_template_kwargs)
-        if self.args.context == "window":
-            return WindowContext(*common, window=self.args.window)
-        return ChatContext(*common)
+    @property
+    def _eval_temperature(self) -> float:
+        return self.temperature if self.args.eval_temperature is None else self.args.eval_temperature
 
-    def _make_backend(self, model: Any, n_slots: int) -> Backend:
+    def _make_backend(self, model: Any, n_slots: int, temperature: float) -> Backend:
         if self.use_vllm:
-            return self.vllm_backend()
-        sampling = Sampling(
-            tuple(self.eos_token_ids), self.temperature, self.top_p, self.top_k, self.min_p
-        )
+            return self.vllm_backend(temperature)
+        sampling = Sampling(tuple(self.eos_token_ids), temperature, self.top_p, self.top_k, self.min_p)
         problem = SlotBackend.unsupported(model)
         if problem is None:
             return SlotBackend(model, n_slots, sampling)
@@ -249,6 +335,12 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             max_retries=self.args.max_retries,
         )
 
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.close_environments()
+
     def close_environments(self) -> None:
         """Close all environments; the next rollout makes new ones."""
         if self.env_pool is not None:
@@ -259,30 +351,30 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
 
     def _normalize(self, trajectories: list[Trajectory], mode: str) -> None:
         """Set `turn_rewards`: per episode, the normalised environment reward of each turn plus its penalty."""
-        rewards = [[turn.reward for turn in t.turns if turn.executed is not None] for t in trajectories]
-        seen = [reward for row in gather_object(rewards) for reward in row]
+        healthy = [trajectory for trajectory in trajectories if not trajectory.stop.is_fault]
+        seen = gather_object([turn.reward for t in healthy for turn in t.turns if turn.executed is not None])
         if mode == "train" and seen:
             self.reward_statistics.update(np.asarray(seen))
         how = self.args.reward_normalization
-        scale = math.sqrt(self.reward_statistics.var) + 1e-8 if how != "none" else 1.0
+        std = math.sqrt(self.reward_statistics.var)
+        # Rewards that never differ have no scale: divided by their rounding they would drown the penalty
+        scale = std if how != "none" and std > 1e-6 * abs(self.reward_statistics.mean) else 1.0
         shift = float(self.reward_statistics.mean) if how == "standardize" else 0.0
         self.turn_rewards = [
             [(turn.reward - shift) / scale * (turn.executed is not None) + turn.penalty for turn in t.turns]
             for t in trajectories
         ]
 
-    def _record(self, trajectories: list[Trajectory], clock: Clock) -> None:
-        sums = torch.tensor(
-            rollout_metrics(trajectories, clock), dtype=torch.float64, device=self.accelerator.device
-        )
+    def _record(self, trajectories: list[Trajectory], clock: Clock, mode: str) -> None:
+        sums = torch.tensor(rollout_metrics(trajectories, clock), dtype=torch.float64, device=self.accelerator.device)
         metrics = combine_metrics(self.accelerator.reduce(sums, reduction="sum").tolist())
         self.record_metrics(metrics)
         lengths = gather_object([len(trajectory.turns) for trajectory in trajectories if not trajectory.stop.is_fault])
-        if self.args.advantage_estimator == "turn" and len(set(lengths)) > 1:
+        if mode == "train" and self.args.advantage_estimator == "turn" and len(set(lengths)) > 1:
             warnings.warn(
                 f"advantage_estimator='turn' compares turn k with turn k of the group's other episodes, but episodes "
-                f"have between {min(lengths)} and {max(lengths)} turns: the baseline is biased where the policy decides "
-                "when to stop. Use advantage_estimator='group', or a trainer with a value head.",
+                f"have between {min(lengths)} and {max(lengths)} turns: the baseline is biased where the policy "
+                "decides when to stop. Use advantage_estimator='group', or a trainer with a value head.",
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
@@ -292,6 +384,39 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 f"nothing. The first: {faults[0]}",
                 stacklevel=2,
             )
+
+    # -- the card ----------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """TRL's model card, with a section on the environment, how to run the agent, and `card_results` if set."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.plays and self.is_world_process_zero() and path.exists():
+            path.write_text(path.read_text(encoding="utf-8") + self._card_section(), encoding="utf-8")
+
+    def _card_section(self) -> str:
+        env, env_kwargs = self.env_name, self.args.env_kwargs or {}
+        model = self.args.hub_model_id or self.args.output_dir
+        call = f'play_model(model, tokenizer, "{env}", held_out_seeds(8), env_kwargs={env_kwargs!r}'
+        if self.args.context == "window":
+            call += f', context="window", window={self.args.window}'
+        code = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_agents.evaluation import held_out_seeds, play_model
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+for episode in {call}):
+    print(episode, end="\\n\\n")
+"""
+        settings = [
+            ("environment", f"`{env}` {env_kwargs}"),
+            ("actions", f"`{self.action_parser!r}`"),
+            *((name, f"`{getattr(self.args, name)}`") for name in CARD_SETTINGS),
+        ]
+        table = "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
+        results = f"\n## Results\n\n{self.card_results}\n" if self.card_results else ""
+        return f"\n## The agent\n\n{table}\n\nLet it play:\n\n```python\n{code}```\n{results}"
 
     # -- rows and credit ---------------------------------------------------------------------------------------------
 
@@ -312,7 +437,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             scores=scores,
             extras={
                 "environment_score": [0.0 if score is None else score for score in scores],
-                "trajectory": [trajectories[row.episode] if row.episode >= 0 else None for row in rows],
+                # What reward functions say of padding rows is thrown away, but they are asked
+                "trajectory": [trajectories[max(row.episode, 0)] for row in rows],
             },
         )
 
@@ -340,7 +466,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         valid = torch.tensor(gather_object(weighs))  # (N,)
         generations = self.num_generations if self.model.training else self.num_generations_eval
         if self.args.advantage_estimator == "group":
-            advantages = group_advantages(rewards.sum(1), generations, self.scale_rewards, valid)
+            returns = discounted_returns(rewards, torch.full_like(rewards, self.args.discount), mask)[:, 0]  # (N,)
+            advantages = group_advantages(returns, generations, self.scale_rewards, valid)
             turn_values = advantages[:, None].expand_as(rewards)
         else:
             mask = mask & valid[:, None]
@@ -352,16 +479,15 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         return spread_over_tokens(own[episodes], pad_turn_index(rollout.rows, width))
 
     def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]]:
+        # A number an episode for the eye: the mean over its turns
+        lengths = [max(len(rewards), 1) for rewards in self.turn_rewards]
+        turns = [values[:length] for values, length in zip(self.turn_values, lengths, strict=True)]
         return {
             "prompt": gather_object([t.instructions for t in self.trajectories]),
-            "completion": gather_object([transcript(t) for t in self.trajectories]),
+            "completion": gather_object([str(t) for t in self.trajectories]),
             "reward": gather_object([sum(rewards) for rewards in self.turn_rewards]),
-            "advantage": gather_object(self.turn_values.sum(1).tolist()),
+            "advantage": gather_object([values.mean().item() for values in turns]),
         }
-
-
-# Evaluation seeds start here; training seeds count from 0.
-HELD_OUT_SEEDS = 1_000_000_000
 
 
 def episode_dataset(seeds) -> Dataset:
@@ -370,25 +496,16 @@ def episode_dataset(seeds) -> Dataset:
     return Dataset.from_dict({"prompt": [""] * len(seeds), "seed": seeds})
 
 
-def transcript(trajectory: Trajectory) -> str:
-    """An episode as text: what was observed, what was answered, what an invalid answer was replaced by."""
-    lines = []
-    for turn in trajectory.turns:
-        if turn.observation:
-            lines.append(turn.observation)
-        lines.append(f"> {turn.text}")
-        if not turn.parsed.is_valid:
-            played = f"; {turn.executed} was played" if turn.executed is not None else ""
-            lines.append(f"  (invalid: {turn.parsed.reason.value}{played})")
-    return "\n".join([*lines, trajectory.final_observation, f"[{trajectory.stop.value}]"])
-
-
-def _checked(dataset: Any) -> Any:
+def _check_dataset(dataset: Any, at_least: int = 0) -> None:
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
         columns = getattr(part, "column_names", None)
         if columns is not None and "seed" not in columns:
             raise ValueError(
-                f"With `env`, a dataset says which episodes to play in a column 'seed', but its columns are {columns}. "
-                "Add one, or leave the dataset out."
+                f"With `env`, a dataset says which episodes to play in a column 'seed', but its columns are {columns}."
+                " Add one, or leave the dataset out."
             )
-    return dataset
+        if hasattr(part, "__len__") and len(part) < at_least:
+            raise ValueError(
+                f"{len(part)} seeds to train on, but each generation batch takes {at_least} (generation_batch_size / "
+                "num_generations): nothing would be trained. Give more seeds, or a smaller batch."
+            )

@@ -1,0 +1,114 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+A language model learns to explore: GRPO on a multi-armed bandit, in the setting of "LLMs are Greedy Agents".
+
+    accelerate launch recipes/grpo_bandit.py                                          # minutes, on any computer
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/grpo_bandit.py \
+        --config recipes/configs/grpo_bandit_paper.yaml --model_name_or_path google/gemma-2-2b-it
+
+Without --config it runs recipes/configs/grpo_bandit_tiny.yaml; without --model_name_or_path it makes a small model and
+warms it up on a random player's episodes. recipes/README.md says what to expect.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+
+from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, make_env
+from trl_agents.evaluation import held_out_seeds, markdown_table, play_agents, summarize
+from trl_agents.plots import plot_learning_curve, plot_regret
+from trl_agents.tiny import make_tiny_model
+
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
+
+
+@dataclass
+class ScriptArguments:
+    """Arguments of the recipe."""
+
+    env: str = field(default="trl_agents/Bandit-v0", metadata={"help": "Id of the bandit environment."})
+    action_pattern: str | None = field(
+        default=None, metadata={"help": "Regular expression with one group that finds the action. Default: ACTION=X."}
+    )
+    num_eval_episodes: int = field(
+        default=256, metadata={"help": "Held-out episodes that are played before and after training."}
+    )
+    num_transcripts: int = field(
+        default=600, metadata={"help": "Episodes of the random player that warm up the small model."}
+    )
+
+
+def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
+    output_dir = Path(training_args.output_dir)
+    env_kwargs = training_args.env_kwargs or {}
+    parser = ActionParser(script_args.action_pattern)
+
+    model = model_args.model_name_or_path
+    if model is None:
+        model = make_tiny_model(
+            functools.partial(make_env, script_args.env, **env_kwargs),
+            output_dir / "warmup",
+            n_transcripts=script_args.num_transcripts,
+            seed=training_args.seed,
+            context=training_args.context,
+            window=training_args.window,
+            parser=parser,
+            disable_tqdm=training_args.disable_tqdm,
+        )
+    quantization_config = get_quantization_config(model_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **({"device_map": get_kbit_device_map()} if quantization_config is not None else {}),
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = AgentGRPOTrainer(
+        model,
+        args=training_args,
+        env=script_args.env,
+        action_parser=parser,
+        processing_class=AutoTokenizer.from_pretrained(model, revision=model_args.model_revision, padding_side="left"),
+        quantization_config=quantization_config,
+        peft_config=get_peft_config(model_args),
+    )
+
+    # The same held-out episodes for everybody
+    seeds = held_out_seeds(script_args.num_eval_episodes)
+    played = play_agents(script_args.env, ["random", "ucb", "thompson"], seeds, env_kwargs=env_kwargs)
+    played["before"] = trainer.play(seeds)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    played["after"] = trainer.play(seeds)
+    trainer.close_environments()
+
+    table = summarize(played)
+    trainer.card_results = f"{len(seeds)} held-out episodes, mean [95% interval]:\n\n{markdown_table(table)}\n\n"
+    trainer.card_results += "![Regret by step](regret.png)\n\n![Learning curve](learning_curve.png)"
+    if trainer.is_world_process_zero():
+        metrics = {measure: {player: asdict(value) for player, value in row.items()} for measure, row in table.items()}
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        title = ", ".join(f"{name}={value}" for name, value in env_kwargs.items())
+        plot_regret(played, output_dir / "regret.png", title)
+        references = {player: value for player, value in table["regret"].items() if player not in ("before", "after")}
+        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", references=references)
+        for player in ("before", "after"):
+            episodes = "\n\n".join(f"Episode {number}\n{episode}" for number, episode in enumerate(played[player][:8]))
+            (output_dir / f"episodes_{player}.txt").write_text(episodes)
+        print(markdown_table(table))
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        arguments += ["--config", str(DEFAULT_CONFIG)]
+    main(*TrlParser((ScriptArguments, AgentGRPOConfig, ModelConfig)).parse_args_and_config(arguments))
