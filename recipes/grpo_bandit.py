@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, make_env
 from trl_agents.evaluation import held_out_seeds, markdown_table, play_agents, summarize
@@ -32,7 +32,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env: str = field(default="trl_agents/Bandit-v0", metadata={"help": "Id of the bandit environment."})
+    env_id: str = field(default="trl_agents/Bandit-v0", metadata={"help": "Id of the bandit environment."})
     action_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression with one group that finds the action. Default: ACTION=X."}
     )
@@ -52,7 +52,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     model = model_args.model_name_or_path
     if model is None:
         model = make_tiny_model(
-            functools.partial(make_env, script_args.env, **env_kwargs),
+            functools.partial(make_env, script_args.env_id, **env_kwargs),
             output_dir / "warmup",
             n_transcripts=script_args.num_transcripts,
             seed=training_args.seed,
@@ -61,27 +61,25 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             parser=parser,
             disable_tqdm=training_args.disable_tqdm,
         )
-    quantization_config = get_quantization_config(model_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **({"device_map": get_kbit_device_map()} if quantization_config is not None else {}),
         **(training_args.model_init_kwargs or {}),
     }
     trainer = AgentGRPOTrainer(
         model,
         args=training_args,
-        env=script_args.env,
+        env=script_args.env_id,
         action_parser=parser,
         processing_class=AutoTokenizer.from_pretrained(model, revision=model_args.model_revision, padding_side="left"),
-        quantization_config=quantization_config,
+        quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
 
     # The same held-out episodes for everybody
     seeds = held_out_seeds(script_args.num_eval_episodes)
-    played = play_agents(script_args.env, ["random", "ucb", "thompson"], seeds, env_kwargs=env_kwargs)
+    played = play_agents(script_args.env_id, ["random", "ucb", "thompson"], seeds, env_kwargs=env_kwargs)
     played["before"] = trainer.play(seeds)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     played["after"] = trainer.play(seeds)

@@ -563,11 +563,10 @@ class TestBatchBackend:
 
 
 @pytest.mark.parametrize(
-    "backend",
-    [greedy(model_of("qwen3"), 2), BatchBackend(lambda prompts, budgets: [])],
-    ids=lambda backend: type(backend).__name__,
+    "make", [lambda: greedy(model_of("qwen3"), 2), lambda: BatchBackend(None)], ids=["slot", "batch"]
 )
-def test_the_interface(backend):
+def test_the_interface(make):
+    backend = make()
     assert list(inspect.signature(backend.submit).parameters) == ["slot", "prompt_ids", "max_new_tokens", "rng"]
     assert backend.busy is False
     assert backend.step() == []

@@ -236,4 +236,5 @@ def transition_line(step: int, observation: str, action: str | None, reward: flo
 
 def format_reward(reward: float) -> str:
     """Whole numbers as such, others with two decimals, as the paper shows them (figure 22)."""
-    return f"{reward:.0f}" if float(reward).is_integer() else f"{reward:.2f}"
+    text = f"{reward:.0f}" if float(reward).is_integer() else f"{reward:.2f}"
+    return text.removeprefix("-") if float(text) == 0 else text

@@ -111,7 +111,7 @@ def play_model(
     parser: ActionParser | None = None,
     context: str = "chat",
     window: int | None = None,
-    rules: Rules | None = None,
+    max_new_tokens: int = 256,
     temperature: float = 1.0,
     n_slots: int = 32,
     seed: int = 0,
@@ -135,8 +135,8 @@ def play_model(
             Takes actions out of replies. Defaults to `ACTION=X`.
         context, window (*optional*):
             What the model reads each turn, as in [`AgentGRPOConfig`].
-        rules ([`Rules`], *optional*):
-            Budgets, and what an invalid action leads to.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Token budget of one reply. A reply without a legal action is replaced by a random one.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature, 0 for greedy decoding.
         n_slots (`int`, *optional*, defaults to `32`):
@@ -161,8 +161,8 @@ def play_model(
         backend = SlotBackend(model, n_slots, sampling)
     else:
         backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
-    if rules is None:
-        rules = Rules(max_length=getattr(model.config.get_text_config(), "max_position_embeddings", None))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    rules = Rules(max_new_tokens=max_new_tokens, max_length=positions)
     pool = EnvPool(factory, n_slots)
     training = model.training
     model.eval()

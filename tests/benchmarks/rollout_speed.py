@@ -155,7 +155,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=max(hidden_size // 32, 2),
-        num_key_value_heads=max(hidden_size // 64, 1),
+        num_key_value_heads=max(hidden_size // 128, 1),
         head_dim=32,
         max_position_embeddings=32768,
         tie_word_embeddings=True,

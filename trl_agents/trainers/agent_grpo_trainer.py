@@ -167,6 +167,11 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             args.reward_weights = weights
         if weights is not None:  # they weigh what is added to the environment's own reward
             self.reward_weights = torch.tensor([1.0, *weights])
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
+                # is, and lets no gradient through them from then on
+                module.support_avx512bf16_for_cpu = False
         self.rollout_func = self.rollout_output
         self.reward_statistics = RunningMeanStd(epsilon=0)  # exact: nothing is assumed before the first rewards
         self.briefing = probe
@@ -197,7 +202,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 "remove_unused_columns=True would remove the dataset's column 'seed'. Use False with an environment."
             )
         with_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        if args.beta != 0.0 and not with_adapter and not isinstance(model, str) and not model.name_or_path:
+        if args.beta != 0.0 and not with_adapter and not isinstance(model, str) and not model.config.name_or_path:
             raise ValueError(
                 f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
                 "one was made in memory. Save it and pass the folder, or use beta=0.0."
@@ -398,6 +403,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         env, env_kwargs = self.env_name, self.args.env_kwargs or {}
         model = self.args.hub_model_id or self.args.output_dir
         call = f'play_model(model, tokenizer, "{env}", held_out_seeds(8), env_kwargs={env_kwargs!r}'
+        call += f", max_new_tokens={self.args.max_completion_length}"
         if self.args.context == "window":
             call += f', context="window", window={self.args.window}'
         code = f"""\

@@ -1,0 +1,934 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The loop, with a backend that answers from a script: exact turns, faults that stay where they are, places reused."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from trl_agents.actions import ActionParser
+from trl_agents.contexts import Briefing, ChatContext, WindowContext
+from trl_agents.envs.bandit import Bandit
+from trl_agents.envs.tictactoe import TicTacToe
+from trl_agents.rollout.generation import Reply, Sampling, SlotBackend
+from trl_agents.rollout.play import Episode, Player, Rules, _Bar
+from trl_agents.rollout.workers import EnvPool
+from trl_agents.tiny import tiny_model, tiny_tokenizer
+from trl_agents.types import InvalidReason, ParsedAction, StopReason, Turn
+
+
+@functools.cache
+def tokenizer():
+    return tiny_tokenizer([Bandit().instructions, TicTacToe().instructions, "ACTION=blue ACTION=green"], 400)
+
+
+def ids_of(text):
+    return tuple(tokenizer().encode(text, add_special_tokens=False))
+
+
+def text_of(ids):
+    return tokenizer().decode(ids, skip_special_tokens=False)
+
+
+class Scripted:
+    """
+    Answers by a function from the whole prompt's text to the text of a reply.
+
+    A reply is closed by the end-of-turn token unless it ends in "...". What it has answered is in `asked`.
+    """
+
+    def __init__(self, answer):
+        self.answer, self.pending, self.asked = answer, {}, []
+
+    @property
+    def busy(self):
+        return bool(self.pending)
+
+    def submit(self, slot, prompt_ids, max_new_tokens, rng):
+        assert slot not in self.pending
+        self.pending[slot] = (list(prompt_ids), max_new_tokens)
+
+    def step(self):
+        pending, self.pending = self.pending, {}
+        return [(slot, self.reply(slot, *asked)) for slot, asked in pending.items()]
+
+    def reply(self, slot, prompt_ids, budget):
+        prompt = text_of(prompt_ids)
+        self.asked.append((slot, prompt, budget))
+        text = self.answer(prompt)
+        ids = ids_of(text) if text.endswith("...") else (*ids_of(text), tokenizer().eos_token_id)
+        return Reply(ids[:budget], cut_off=len(ids) > budget or text.endswith("..."))
+
+    def drain(self):
+        self.drained = not self.pending
+
+
+def one_by_one(*texts):
+    """Answers for one episode at a time."""
+    script = iter(texts)
+    return lambda prompt: next(script)
+
+
+def play(factory, answer, episodes, n_slots=1, context=ChatContext, parser=None, pool=None, timeout=None, **rules):
+    backend = Scripted(answer) if callable(answer) else answer
+    own = pool is None
+    pool = pool or EnvPool(factory, n_slots, timeout)
+    try:
+        briefing = Briefing.of(factory()) if own else Briefing("Play.")
+        reader = context(tokenizer()) if isinstance(context, type) else context
+        player = Player(pool, backend, reader, parser or ActionParser(), briefing, Rules(**rules))
+        return player.play(episodes)[0]
+    finally:
+        if own:
+            pool.close()
+
+
+def seeds(n):
+    return [Episode(seed, (seed,)) for seed in range(n)]
+
+
+bandit = functools.partial(Bandit, n_arms=2, horizon=3, distribution="bernoulli", means=[0.5, 0.5])
+
+
+class Steps:
+    """Ends after as many steps as its seed says; the rest is for subclasses to break."""
+
+    instructions = "Play."
+
+    def reset(self, *, seed=None, options=None):
+        self.left = seed
+        return f"{seed} to go", {"legal_actions": ["go", "stop"]}
+
+    def step(self, action):
+        self.left -= 1
+        return f"{self.left} to go", 1.0, self.left <= 0, False, {"legal_actions": ["go", "stop"]}
+
+    def close(self):
+        pass
+
+
+def go(prompt):
+    return "ACTION=go"
+
+
+class TestTurns:
+    def test_bandit_in_a_conversation(self):
+        replies = ["I try blue. ACTION=blue", "Now green.\nACTION=green", "ACTION=green"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(7)])
+
+        env = bandit()
+        observation, reset_info = env.reset(seed=7)
+        context = ChatContext(tokenizer())
+        reader = context.begin(Briefing.of(env), observation, reset_info)
+        turns = []
+        for reply, action in zip(replies, ["blue", "green", "green"], strict=True):
+            action_ids = (*ids_of(reply), tokenizer().eos_token_id)
+            before, input_ids = observation, tuple(reader.input_ids)
+            observation, reward, terminated, _, info = env.step(action)
+            reader.observe(action_ids, action, reward, observation, info)
+            turns.append(
+                Turn(
+                    observation=before,
+                    input_ids=input_ids,
+                    action_ids=action_ids,
+                    text=reply,
+                    parsed=ParsedAction(action, None, action),
+                    executed=action,
+                    reward=reward,
+                    penalty=0.0,
+                    appends=True,
+                    logprobs=None,
+                    cut_off=False,
+                    info=info,
+                )
+            )
+        assert terminated
+        assert trajectory.turns == tuple(turns)
+        assert trajectory.stop is StopReason.TERMINATED
+        assert (trajectory.seed, trajectory.instructions) == (7, env.instructions)
+        assert (trajectory.final_observation, trajectory.reset_info) == (observation, reset_info)
+        assert trajectory.error is None and trajectory.env_seconds > 0
+        assert (trajectory.return_, trajectory.steps) == (sum(turn.reward for turn in turns), 3)
+
+        ids = [id_ for turn in trajectory.turns for id_ in (*turn.input_ids, *turn.action_ids)]
+        assert text_of(ids) == (
+            f"<|im_start|>user\n{env.instructions}\nWhat do you predict next?<|im_end|>\n"
+            "<|im_start|>assistant\nI try blue. ACTION=blue<|im_end|>\n"
+            f"<|im_start|>user\nStep=0 Action=blue Reward={turns[0].reward:.0f}<|im_end|>\n"
+            "<|im_start|>assistant\nNow green.\nACTION=green<|im_end|>\n"
+            f"<|im_start|>user\nStep=1 Action=green Reward={turns[1].reward:.0f}<|im_end|>\n"
+            "<|im_start|>assistant\nACTION=green<|im_end|>"
+        )
+
+    def test_tictactoe_in_a_window(self):
+        factory = functools.partial(TicTacToe, opponent=lambda board, legal_actions, rng: legal_actions[0])
+        (trajectory,) = play(
+            factory, one_by_one("ACTION=4", "ACTION=3", "Winning: ACTION=5"), [Episode(0)], context=WindowContext
+        )
+        assert trajectory.stop is StopReason.TERMINATED
+        assert [turn.reward for turn in trajectory.turns] == [0, 0, 1]
+        assert [turn.executed for turn in trajectory.turns] == ["4", "3", "5"]
+        assert not any(turn.appends for turn in trajectory.turns)
+        assert text_of(trajectory.turns[2].input_ids) == (
+            f"<|im_start|>user\n{factory().instructions}\nSo far you have tried/seen:\n"
+            "Step=0 State=000000000 Action=4 Reward=0\nStep=1 State=200010000 Action=3 Reward=0\n"
+            "Step=2 State=220110000\nLegal actions: 2,5,6,7,8\nWhat do you predict next?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert trajectory.final_observation.endswith("Result=win State=220111000")
+
+    def test_a_cut_off_reply_with_an_action_is_played(self):
+        (trajectory,) = play(bandit, one_by_one(*["ACTION=blue ..."] * 3), [Episode(0)])
+        turn = trajectory.turns[0]
+        assert turn.cut_off and turn.parsed.is_valid and turn.penalty == 0.0
+        assert tokenizer().eos_token_id not in turn.action_ids
+
+    def test_logprobs_are_kept(self):
+        class Knowing(Scripted):
+            def reply(self, *asked):
+                reply = super().reply(*asked)
+                return dataclasses.replace(reply, logprobs=tuple(-0.5 * n for n in range(len(reply.ids))))
+
+        (trajectory,) = play(Steps, Knowing(go), [Episode(2)])
+        for turn in trajectory.turns:
+            assert turn.logprobs == tuple(-0.5 * n for n in range(len(turn.action_ids)))
+
+    def test_instructions_may_come_with_the_episode(self):
+        class Told(Steps):
+            def reset(self, *, seed=None, options=None):
+                observation, info = super().reset(seed=seed)
+                return observation, {**info, "instructions": f"Play {options}."}
+
+        trajectories = play(Told, go, [Episode(1, options={"a": 1}), Episode(1, options=None)])
+        assert [trajectory.instructions for trajectory in trajectories] == ["Play {'a': 1}.", "Play None."]
+        assert "Play {'a': 1}.\n1 to go" in text_of(trajectories[0].turns[0].input_ids)
+
+    def test_truncation_is_not_termination(self):
+        class Limited(Steps):
+            def step(self, action):
+                observation, reward, terminated, _, info = super().step(action)
+                return observation, reward, False, terminated, info
+
+        class Both(Steps):
+            def step(self, action):
+                observation, reward, terminated, _, info = super().step(action)
+                return observation, reward, terminated, terminated, info
+
+        assert play(Limited, go, [Episode(2)])[0].stop is StopReason.TRUNCATED
+        assert play(Both, go, [Episode(2)])[0].stop is StopReason.TERMINATED
+
+
+class TestInvalidActions:
+    def test_a_random_legal_action_is_played(self):
+        factory = functools.partial(bandit, n_arms=4, means=[0.5] * 4, horizon=40)
+        (trajectory,) = play(factory, lambda prompt: "no idea", [Episode(0, (1,))])
+        assert {turn.executed for turn in trajectory.turns} == set(factory().labels)
+        for turn in trajectory.turns:
+            assert turn.parsed == ParsedAction(None, InvalidReason.NO_MATCH)
+            assert turn.penalty == -5.0
+            assert turn.info["transition"].endswith(f"Action={turn.executed} Reward={turn.reward:.0f}")
+        assert trajectory.steps == 40
+        assert trajectory.return_ == sum(turn.reward for turn in trajectory.turns)  # without the penalties
+
+        def executed(luck):
+            (again,) = play(factory, lambda prompt: "no idea", [Episode(0, luck)])
+            return [turn.executed for turn in again.turns]
+
+        assert executed((1,)) == [turn.executed for turn in trajectory.turns]
+        assert executed((2,)) != executed((1,))
+
+    def test_reasons(self):
+        replies = ["ACTION=mauve", "hm...", "ACTION=blue"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(0)], invalid_action_penalty=-0.5)
+        assert [turn.parsed.reason for turn in trajectory.turns] == [
+            InvalidReason.ILLEGAL,
+            InvalidReason.CUT_OFF,
+            None,
+        ]
+        assert [turn.penalty for turn in trajectory.turns] == [-0.5, -0.5, 0.0]
+
+    def test_retry_asks_again(self):
+        replies = ["mauve", "ACTION=mauve", "ACTION=blue", "?", "ACTION=green", "ACTION=green"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(0)], invalid_action="retry")
+        question = "That is no legal action. Legal actions: blue, green. Answer in the form ACTION=blue"
+        turns = trajectory.turns
+        assert trajectory.stop is StopReason.TERMINATED
+        assert [turn.text for turn in turns] == replies
+        assert [turn.executed for turn in turns] == [None, None, "blue", None, "green", "green"]
+        assert [turn.penalty for turn in turns] == [-5.0, -5.0, 0.0, -5.0, 0.0, 0.0]
+        assert [turn.reward for turn in turns if turn.executed is None] == [0.0, 0.0, 0.0]
+        assert [turn.info for turn in turns if turn.executed is None] == [{}, {}, {}]
+        assert [turn.observation for turn in turns[:3]] == ["", question, question]
+        assert turns[3].observation == turns[2].info["transition"]
+        assert text_of(turns[1].input_ids) == (f"\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
+        assert (trajectory.steps, len(turns)) == (3, 6)
+
+    def test_retry_in_a_window(self):
+        replies = ["mauve", "ACTION=blue", "ACTION=green", "ACTION=green"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(0)], context=WindowContext, invalid_action="retry")
+        texts = [text_of(turn.input_ids) for turn in trajectory.turns]
+        assert ["That is no legal action." in text for text in texts] == [False, True, False, False]
+        assert "Step=0 Action=blue" in texts[2] and "Step=" not in texts[1].partition("tried/seen")[2]
+
+    def test_retries_run_out(self):
+        replies = ["?", "?", "ACTION=blue", "?", "?", "?"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(0)], invalid_action="retry", max_retries=2)
+        assert trajectory.stop is StopReason.INVALID_ACTION
+        assert [turn.executed for turn in trajectory.turns] == [None, None, "blue", None, None, None]
+
+    def test_no_retries(self):
+        (trajectory,) = play(bandit, one_by_one("?"), [Episode(0)], invalid_action="retry", max_retries=0)
+        assert trajectory.stop is StopReason.INVALID_ACTION and len(trajectory.turns) == 1
+
+    def test_asking_again_counts_as_a_turn(self):
+        replies = ["?", "ACTION=blue", "?"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(0)], invalid_action="retry", max_turns=3)
+        assert trajectory.stop is StopReason.MAX_TURNS
+        assert [turn.executed for turn in trajectory.turns] == [None, "blue", None]
+
+    def test_end_ends_the_episode(self):
+        replies = ["ACTION=blue", "?"]
+        (trajectory,) = play(bandit, one_by_one(*replies), [Episode(0)], invalid_action="end")
+        assert trajectory.stop is StopReason.INVALID_ACTION
+        assert [(turn.executed, turn.penalty) for turn in trajectory.turns] == [("blue", 0.0), (None, -5.0)]
+        assert trajectory.steps == 1
+
+    def test_a_question_without_a_form_to_answer_in(self):
+        """No pattern produces the first legal action: that is no reason to end the run."""
+        parser = ActionParser(r"ACTION=(green)")
+        (trajectory,) = play(
+            bandit, one_by_one("?", *["ACTION=green"] * 3), [Episode(0)], parser=parser, invalid_action="retry"
+        )
+        assert trajectory.turns[1].observation == "That is no legal action. Legal actions: blue, green."
+
+
+class NoActions(Steps):
+    """Does not say what is legal from a step on."""
+
+    silent_from = 0
+
+    def __init__(self):
+        self.n_answers = -1
+
+    def _info(self):
+        self.n_answers += 1
+        return {"legal_actions": ["go"]} if self.n_answers < self.silent_from else {}
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], self._info()
+
+    def step(self, action):
+        self.action = action
+        return *super().step(action)[:4], self._info()
+
+
+class TestWithoutLegalActions:
+    def test_any_action_is_passed_on(self):
+        (trajectory,) = play(NoActions, one_by_one("ACTION=open the door", "ACTION=look"), [Episode(2)])
+        assert [turn.executed for turn in trajectory.turns] == ["open the door", "look"]
+
+    def test_random_has_nothing_to_choose_from(self):
+        with pytest.raises(ValueError, match="invalid_action='random' needs legal actions"):
+            play(NoActions, lambda prompt: "?", [Episode(2)])
+
+    def test_an_environment_that_falls_silent_is_at_fault(self):
+        class Silent(NoActions):
+            silent_from = 1
+
+        (trajectory,) = play(Silent, one_by_one("ACTION=go", "?"), [Episode(3)])
+        assert trajectory.stop is StopReason.ENV_ERROR and "no 'legal_actions'" in trajectory.error
+
+    def test_retry(self):
+        (trajectory,) = play(NoActions, one_by_one("?", "ACTION=go"), [Episode(1)], invalid_action="retry")
+        assert [turn.executed for turn in trajectory.turns] == [None, "go"]
+        assert trajectory.turns[1].observation == "No action could be read from your answer. State it once more."
+
+
+class TestLimits:
+    def test_max_turns(self):
+        trajectories = play(Steps, go, [Episode(2), Episode(3), Episode(9)], max_turns=3)
+        assert [trajectory.stop for trajectory in trajectories] == [
+            StopReason.TERMINATED,
+            StopReason.TERMINATED,  # the last turn that is allowed
+            StopReason.MAX_TURNS,
+        ]
+        assert [len(trajectory.turns) for trajectory in trajectories] == [2, 3, 3]
+        assert trajectories[2].final_observation == "6 to go"
+
+    def test_the_context_is_full(self):
+        (whole,) = play(Steps, go, [Episode(5)])
+        sizes = [len(turn.input_ids) + len(turn.action_ids) for turn in whole.turns]
+        # Room for three turns and for what is read in the fourth, but for no reply to it
+        room = sum(sizes[:3]) + len(whole.turns[3].input_ids)
+        backend = Scripted(go)
+        (full,) = play(Steps, backend, [Episode(5)], max_length=room)
+        assert full.stop is StopReason.CONTEXT_FULL
+        assert full.turns == whole.turns[:3]
+        assert full.final_observation == "2 to go"
+        # Each reply may take what is left, and at most its own budget
+        assert [budget for _, _, budget in backend.asked] == [
+            room - sum(sizes[:n]) - len(whole.turns[n].input_ids) for n in range(3)
+        ]
+        reply = len(whole.turns[3].action_ids)
+        (fits,) = play(Steps, go, [Episode(5)], max_length=room + reply)
+        assert fits.turns == whole.turns[:4]
+
+    def test_a_reply_cut_off_by_the_end_of_the_room_is_no_fault(self):
+        (whole,) = play(Steps, go, [Episode(5)])
+        sizes = [len(turn.input_ids) + len(turn.action_ids) for turn in whole.turns]
+        room = sum(sizes[:2]) + len(whole.turns[2].input_ids) + 1  # the third reply has room for one token
+        (full,) = play(Steps, go, [Episode(5)], max_length=room)
+        assert full.stop is StopReason.CONTEXT_FULL
+        assert full.turns == whole.turns[:2] and full.final_observation == "3 to go"
+        # Cut off by its own budget it is
+        assert play(Steps, go, [Episode(2)], max_new_tokens=1)[0].turns[0].penalty == -5.0
+        # And so is a first reply, which has all the room there is
+        opening = len(whole.turns[0].input_ids)
+        (short,) = play(Steps, go, [Episode(2)], max_length=opening + 1)
+        assert [turn.penalty for turn in short.turns] == [-5.0]
+
+    def test_instructions_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="instructions alone take .* an episode may have 20"):
+            play(bandit, go, [Episode(0)], max_length=20)
+
+    def test_a_window_does_not_fill_up(self):
+        (free,) = play(Steps, go, [Episode(9)], context=WindowContext(tokenizer(), window=1))
+        room = max(len(turn.input_ids) + len(turn.action_ids) for turn in free.turns)
+        (tight,) = play(Steps, go, [Episode(9)], context=WindowContext(tokenizer(), window=1), max_length=room)
+        assert tight.turns == free.turns and tight.stop is StopReason.TERMINATED
+
+    @pytest.mark.parametrize(
+        ("rules", "message"),
+        [
+            ({"invalid_action": "ignore"}, "invalid_action='ignore' is unknown: choose one of random, retry, end"),
+            ({"max_turns": 0}, "max_turns=0 leaves no room"),
+            ({"max_new_tokens": 0}, "max_new_tokens=0 leaves no room"),
+            ({"max_length": -1}, "max_length=-1 leaves no room"),
+            ({"max_retries": -1}, "max_retries=-1"),
+        ],
+    )
+    def test_rules_that_make_no_sense(self, rules, message):
+        with pytest.raises(ValueError, match=message):
+            Rules(**rules)
+
+
+class TestPlaces:
+    def test_order_and_reuse(self):
+        lengths = [5, 1, 1, 4, 2, 1, 3]
+        backend = Scripted(go)
+        trajectories = play(Steps, backend, [Episode(length) for length in lengths], n_slots=3)
+        assert [trajectory.seed for trajectory in trajectories] == lengths
+        assert [len(trajectory.turns) for trajectory in trajectories] == lengths
+        # Refilled as soon as they are free: 17 turns in 3 places within 6 rounds, and no place waits for another
+        assert {slot for slot, _, _ in backend.asked} == {0, 1, 2}
+        assert backend.drained
+
+    def test_a_free_place_does_not_wait_for_the_others(self):
+        """One episode cannot end before three others have been played in the second place."""
+        ended = threading.Semaphore(0)
+
+        class Chain(Steps):
+            def step(self, action):
+                answer = super().step(action)
+                if answer[2]:
+                    ended.release()
+                elif self.left == 8:
+                    assert all(ended.acquire(timeout=20) for _ in range(3))
+                return answer
+
+        trajectories = play(Chain, go, [Episode(9), Episode(1), Episode(2), Episode(1)], n_slots=2)
+        assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 4
+
+    def test_more_places_than_episodes(self):
+        assert len(play(Steps, go, seeds(3)[1:], n_slots=5)) == 2
+
+    def test_no_episodes(self):
+        backend = Scripted(go)
+        assert play(Steps, backend, []) == []
+        assert backend.drained  # the other processes may have some
+
+    def test_no_place(self):
+        with pytest.raises(ValueError, match="n_slots=0"):
+            EnvPool(Steps, 0)
+
+    def test_environments_work_side_by_side(self):
+        """Each step waits until all eight are in theirs."""
+        barrier = threading.Barrier(8, timeout=20)
+
+        class Together(Steps):
+            def step(self, action):
+                barrier.wait()
+                return super().step(action)
+
+        trajectories = play(Together, go, [Episode(3)] * 8, n_slots=8)
+        assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 8
+
+    def test_slow_environments_overlap(self):
+        class Slow(Steps):
+            def step(self, action):
+                time.sleep(0.1)
+                return super().step(action)
+
+        started = time.perf_counter()
+        play(Slow, go, [Episode(1)] * 8, n_slots=8)
+        assert time.perf_counter() - started < 0.5
+
+    def test_a_slow_environment_holds_no_one_up(self):
+        """It answers only when the others, which have their turns to play, are through."""
+        others = threading.Semaphore(0)
+
+        class Slow(Steps):
+            def step(self, action):
+                answer = super().step(action)
+                if self.left == 99:
+                    assert all(others.acquire(timeout=20) for _ in range(2))
+                    return *answer[:2], True, *answer[3:]
+                if answer[2]:
+                    others.release()
+                return answer
+
+        trajectories = play(Slow, go, [Episode(100), Episode(4), Episode(5)], n_slots=3)
+        assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 3
+
+    def test_a_group_is_read_together(self):
+        """All that start at once are in the backend before its first step, so their prompt can be shared."""
+
+        class First(Scripted):
+            def step(self):
+                self.first = getattr(self, "first", None) or list(self.pending)
+                return super().step()
+
+        backend = First(go)
+        pool = EnvPool(Steps, 6)
+        player = Player(
+            pool, backend, ChatContext(tokenizer()), ActionParser(), Briefing("Play."), Rules(), patience=10.0
+        )
+        player.play([Episode(1)] * 6)
+        pool.close()
+        assert backend.first == [0, 1, 2, 3, 4, 5]
+
+
+class Nonce:
+    """Wants back what it said last, and says something else each time. Answers after a random delay."""
+
+    instructions = "Say it."
+    history_header = question = ""
+    delay = 0.004
+
+    def reset(self, *, seed=None, options=None):
+        self.rng = random.Random(seed)
+        self.left = 2 + seed % 4
+        return self._say()
+
+    def _say(self):
+        time.sleep(self.rng.random() * self.delay)
+        self.word = f"w{self.rng.randrange(10**6):06d}"
+        return f"say {self.word}", {"legal_actions": [self.word, "never"]}
+
+    def step(self, action):
+        reward = 1.0 if action == self.word else -1.0
+        self.left -= 1
+        observation, info = self._say()
+        return observation, reward, self.left == 0, False, info
+
+    def close(self):
+        pass
+
+
+def echo(prompt):
+    return f"ACTION={prompt.rpartition('say ')[2][:7]}"
+
+
+def check_nonce(trajectories, lost=()):
+    """All words came back to where they were said."""
+    for number, trajectory in enumerate(trajectories):
+        if number in lost:
+            assert trajectory.stop.is_fault
+            continue
+        assert trajectory.stop is StopReason.TERMINATED
+        env = Nonce()
+        said = env.reset(seed=trajectory.seed)[0]
+        assert len(trajectory.turns) == env.left
+        for turn in trajectory.turns:
+            assert (turn.observation, turn.parsed.is_valid, turn.reward) == (said, True, 1.0)
+            said = env.step(turn.executed)[0]
+        assert trajectory.final_observation == said
+
+
+class TestAnswersGoWhereTheyBelong:
+    @pytest.mark.parametrize("context", [ChatContext, WindowContext])
+    def test_with_random_delays(self, context):
+        check_nonce(play(Nonce, echo, seeds(30), n_slots=8, context=context))
+
+    def test_with_faults_among_them(self):
+        class Moody(Nonce):
+            def step(self, action):
+                if self.rng.random() < 0.05:
+                    raise RuntimeError("bad mood")
+                return super().step(action)
+
+        trajectories = play(Moody, echo, seeds(30), n_slots=8)
+        lost = [number for number, trajectory in enumerate(trajectories) if trajectory.stop.is_fault]
+        assert 0 < len(lost) < 30
+        for number, trajectory in enumerate(trajectories):
+            if number not in lost:
+                assert [turn.reward for turn in trajectory.turns] == [1.0] * len(trajectory.turns)
+
+    def test_a_late_answer_shifts_nothing(self):
+        """The first environment hangs; it comes back in the middle of a later episode, in the same place."""
+        hang, came_back = threading.Event(), threading.Event()
+
+        class Hanging(Nonce):
+            def reset(self, *, seed=None, options=None):
+                self.seed = seed
+                return super().reset(seed=seed)
+
+            def step(self, action):
+                if self.seed == 1:
+                    assert hang.wait(20)
+                    came_back.set()
+                    return "say w000000", 100.0, False, False, {"legal_actions": ["w000000"]}
+                return super().step(action)
+
+        class Releasing(Scripted):
+            def step(self):
+                if len(self.asked) == 3:
+                    hang.set()
+                    assert came_back.wait(20)
+                    time.sleep(0.01)  # its answer is in the queue now
+                return super().step()
+
+        trajectories = play(Hanging, Releasing(echo), [Episode(1), Episode(2), Episode(3)], timeout=0.5)
+        assert trajectories[0].stop is StopReason.ENV_TIMEOUT
+        assert trajectories[0].error == "no answer within 0.5 s"
+        check_nonce(trajectories, lost=[0])
+
+    @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
+    def test_after_an_interruption(self, interruption):
+        """A pool is used again: what it owes to the rollout that was broken off must not reach the next."""
+        made = []
+
+        class Counted(Nonce):
+            delay = 0.02
+
+            def __init__(self):
+                made.append(self)
+
+        class Interrupted(Scripted):
+            def step(self):
+                if len(self.asked) >= 6:
+                    raise interruption
+                return super().step()
+
+        pool = EnvPool(Counted, 4)
+        for _ in range(2):
+            with pytest.raises(interruption):
+                play(None, Interrupted(echo), seeds(12), pool=pool)
+            assert not pool.waiting
+            check_nonce(play(None, echo, seeds(12), pool=pool))
+        pool.close()
+
+
+def failing(at, error):
+    """Steps, of which one with the seed 3 fails."""
+
+    class Failing(Steps):
+        def reset(self, *, seed=None, options=None):
+            self.seed = seed
+            if at == "reset" and seed == 3:
+                raise error
+            return super().reset(seed=seed)
+
+        def step(self, action):
+            if at == "step" and self.seed == 3 and self.left == 2:
+                raise error
+            return super().step(action)
+
+    return Failing
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+class TestFaults:
+    @pytest.mark.parametrize("at", ["reset", "step"])
+    @pytest.mark.parametrize("error", [RuntimeError("no disk"), SystemExit(3), KeyboardInterrupt(), Unprintable()])
+    def test_one_of_eight_fails(self, at, error):
+        made = []
+
+        class Counted(failing(at, error)):
+            def __init__(self):
+                made.append(self)
+
+        pool = EnvPool(Counted, 8)
+        player = Player(
+            pool, Scripted(go), ChatContext(tokenizer()), ActionParser(), Briefing("Play."), Rules(), patience=10.0
+        )
+        trajectories, _ = player.play([Episode(seed) for seed in (1, 2, 3, 4, 5, 6, 7, 8, 2)])
+        pool.close()
+        assert [trajectory.stop.is_fault for trajectory in trajectories] == [seed == 3 for seed in range(1, 10)]
+        lost = trajectories[2]
+        assert lost.stop is StopReason.ENV_ERROR
+        assert type(error).__name__ in lost.error
+        if isinstance(error, RuntimeError):
+            assert lost.error == "RuntimeError: no disk"
+        assert [len(trajectory.turns) for trajectory in trajectories] == [1, 2, int(at == "step"), 4, 5, 6, 7, 8, 2]
+        # The ninth episode is played in the first place that is free: one that failed needs a new environment
+        assert len(made) == 8 + (at == "reset")
+
+    @pytest.mark.parametrize(
+        ("answer", "error"),
+        [
+            (("ok", math.nan, False, False, {}), "reward nan"),
+            (("ok", math.inf, False, False, {}), "reward inf"),
+            (("ok", None, False, False, {}), "TypeError"),
+            (("ok", "much", False, False, {}), "ValueError"),
+            ((None, 1.0, False, False, {}), "observation of type NoneType, not str"),
+            ((b"ok", 1.0, False, False, {}), "observation of type bytes, not str"),
+            (("ok", 1.0, False, {}), "unpack"),
+            (None, "unpack"),
+            (("ok", 1.0, False, False, None), "info of type NoneType, not dict"),
+            (("ok", 1.0, np.zeros(2), False, {}), "ambiguous"),
+            (("ok", 1.0, False, False, {"legal_actions": [0, 1]}), r"legal_actions=\[0, 1\], not a list of str"),
+            (("ok", 1.0, False, False, {"legal_actions": "go"}), "legal_actions='go', not a list of str"),
+            (("ok", 1.0, False, False, {"transition": 7}), "transition=7, not str"),
+        ],
+    )
+    def test_malformed_answers(self, answer, error):
+        class Malformed(Steps):
+            def step(self, action):
+                return answer if self.left == 7 else super().step(action)
+
+        trajectories = play(Malformed, go, [Episode(7), Episode(2)], n_slots=2)
+        assert trajectories[0].stop is StopReason.ENV_ERROR and trajectories[0].turns == ()
+        assert re.search(error, trajectories[0].error)
+        assert trajectories[1].stop is StopReason.TERMINATED
+
+    @pytest.mark.parametrize("answer", ["ok", ("ok",), (1, {}), ("ok", {"instructions": 1}), ("ok", None)])
+    def test_malformed_resets(self, answer):
+        class Malformed(Steps):
+            def reset(self, *, seed=None, options=None):
+                return answer if seed == 7 else super().reset(seed=seed)
+
+        trajectories = play(Malformed, go, [Episode(7), Episode(2)])
+        assert [trajectory.stop for trajectory in trajectories] == [StopReason.ENV_ERROR, StopReason.TERMINATED]
+
+    def test_values_of_numpy_are_welcome(self):
+        class Numbers(Steps):
+            def step(self, action):
+                observation, reward, terminated, truncated, info = super().step(action)
+                return observation, np.float32(reward), np.bool_(terminated), np.bool_(truncated), info
+
+        (trajectory,) = play(Numbers, go, [Episode(2)])
+        assert trajectory.stop is StopReason.TERMINATED
+        assert [type(turn.reward) for turn in trajectory.turns] == [float, float]
+
+    def test_the_past_stands_as_it_was(self):
+        """An environment that goes on changing what it handed out."""
+
+        class Changing(Steps):
+            def reset(self, *, seed=None, options=None):
+                self.info = {"legal_actions": ["go", "stop"], "n": 0}
+                return super().reset(seed=seed)[0], self.info
+
+            def step(self, action):
+                self.info["n"] += 1
+                self.info["legal_actions"].append("more")
+                return *super().step(action)[:4], self.info
+
+        (trajectory,) = play(Changing, go, [Episode(3)])
+        assert [turn.info["n"] for turn in trajectory.turns] == [1, 2, 3]
+        assert [len(turn.info["legal_actions"]) for turn in trajectory.turns] == [3, 4, 5]
+        assert trajectory.reset_info == {"legal_actions": ["go", "stop"], "n": 0}
+
+    def test_a_factory_that_fails(self):
+        attempts = itertools.count()
+
+        def factory():
+            if next(attempts) % 2:  # the first is for the player's briefing
+                raise OSError("no licence")
+            return Steps()
+
+        trajectories = play(factory, go, [Episode(2)] * 3)
+        assert [trajectory.stop for trajectory in trajectories] == [
+            StopReason.ENV_ERROR,
+            StopReason.TERMINATED,
+            StopReason.TERMINATED,
+        ]
+        assert trajectories[0].error == "OSError: no licence"
+
+    def test_all_hang(self):
+        release = threading.Event()
+
+        class Hanging(Steps):
+            def reset(self, *, seed=None, options=None):
+                release.wait(20)
+                return super().reset(seed=seed)
+
+        trajectories = play(Hanging, go, [Episode(1)] * 3, n_slots=3, timeout=0.05)
+        release.set()
+        assert [trajectory.stop for trajectory in trajectories] == [StopReason.ENV_TIMEOUT] * 3
+        assert all(trajectory.env_seconds >= 0.05 for trajectory in trajectories)
+
+    def test_a_timeout_counts_from_each_question(self):
+        class Steady(Steps):
+            def step(self, action):
+                time.sleep(0.03)
+                return super().step(action)
+
+        trajectories = play(Steady, go, [Episode(24)] * 2, n_slots=2, timeout=0.6)
+        assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 2
+
+    def test_slow_decoding_is_no_timeout(self):
+        """The answer is there, only nobody has looked."""
+
+        class Busy(EnvPool):
+            def _ask(self, *question):
+                super()._ask(*question)
+                time.sleep(0.3)
+
+        pool = Busy(Steps, 1, timeout=0.2)
+        (trajectory,) = play(None, go, [Episode(2)], pool=pool)
+        pool.close()
+        assert trajectory.stop is StopReason.TERMINATED
+
+    def test_misuse(self):
+        with pytest.raises(ValueError, match="timeout=0"):
+            EnvPool(Steps, 1, timeout=0)
+
+
+def env_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("trl-agents-env")]
+
+
+class TestEnvPool:
+    def test_closing_leaves_nothing(self):
+        closed = []
+
+        class Closing(Steps):
+            def close(self):
+                closed.append(threading.current_thread().name)
+                raise RuntimeError("cannot close")
+
+        before = env_threads()
+        pool = EnvPool(Closing, 4)
+        play(None, go, [Episode(2)] * 6, pool=pool)
+        assert len(env_threads()) == len(before) + 4
+        pool.close()
+        assert env_threads() == before
+        assert sorted(closed) == [f"trl-agents-env-{slot}" for slot in range(4)]  # each where it was made
+        pool.close()
+        # And it may be used again
+        assert len(play(None, go, [Episode(2)], pool=pool)) == 1
+        pool.close()
+        assert env_threads() == before
+
+    def test_closing_does_not_wait_for_one_that_hangs(self):
+        release = threading.Event()
+
+        class Hanging(Steps):
+            def reset(self, *, seed=None, options=None):
+                release.wait(60)
+                return super().reset(seed=seed)
+
+        pool = EnvPool(Hanging, 2)
+        pool.reset(0, 1)
+        started = time.perf_counter()
+        pool.close()
+        assert time.perf_counter() - started < 5
+        release.set()
+
+    def test_patience_is_spent_once(self):
+        """A slow environment must not slow down every decoding step of the others."""
+        release = threading.Event()
+
+        class Slow(Steps):
+            def reset(self, *, seed=None, options=None):
+                release.wait(20)
+                return super().reset(seed=seed)
+
+        pool = EnvPool(Slow, 1)
+        pool.reset(0, 1)
+        started = time.perf_counter()
+        for _ in range(20):
+            assert pool.collect(0.05, block=False) == []
+        assert 0.05 <= time.perf_counter() - started < 0.5
+        release.set()
+        (reply,) = pool.collect(0.05, block=True)
+        assert reply.observation == "1 to go"
+        assert pool.collect(0.05, block=True) == []  # nothing is outstanding
+        pool.close()
+
+    def test_answers_come_in_the_order_of_the_slots(self):
+        pool = EnvPool(Nonce, 6)
+        for slot in (3, 5, 0, 1, 4, 2):
+            pool.reset(slot, slot)
+        assert [reply.slot for reply in pool.collect(20.0, block=True)] == [0, 1, 2, 3, 4, 5]
+        pool.close()
+
+
+class TestReproducibility:
+    def play(self, n_slots, episodes, **kwargs):
+        model = self.model()
+        pool = EnvPool(functools.partial(bandit, horizon=4), n_slots)
+        sampling = Sampling((tokenizer().eos_token_id,), temperature=1.0)
+        player = Player(
+            pool,
+            SlotBackend(model, n_slots, sampling),
+            ChatContext(tokenizer()),
+            ActionParser(),
+            Briefing.of(bandit()),
+            Rules(max_new_tokens=6, max_length=1024),
+        )
+        try:
+            return player.play(episodes, **kwargs)
+        finally:
+            pool.close()
+
+    @staticmethod
+    @functools.cache
+    def model():
+        return tiny_model(tokenizer(), hidden_size=32, max_position_embeddings=1024).eval()
+
+    def test_the_same_luck_gives_the_same_episodes(self):
+        episodes = [Episode(seed, (0, number)) for seed in range(2) for number in range(3)]
+        first, second, third = (
+            [dataclasses.replace(trajectory, env_seconds=0.0) for trajectory in self.play(n_slots, episodes)[0]]
+            for n_slots in (6, 6, 2)
+        )
+        assert first == second == third
+        assert len({trajectory.turns[0].action_ids for trajectory in first}) > 1  # luck differs within a group
+        # The instance does not
+        for group in (first[:3], first[3:]):
+            assert len({turn.info["expected_reward"] for t in group for turn in t.turns}) == 1
+
+    def test_the_progress_bar(self, capsys):
+        self.play(2, seeds(3), progress=True, description="Playing")
+        assert re.search(r"Playing: +0%.* 0/3 ", capsys.readouterr().err)
+        with _Bar(2, True, "Playing") as bar:
+            bar.bar.mininterval = 0  # it is drawn ten times a second at most
+            bar.turn(ParsedAction("go"))
+            assert "turns=1, valid=100%" in capsys.readouterr().err  # before any episode has ended
+            bar.turn(ParsedAction(None, InvalidReason.NO_MATCH))
+            bar.episode()
+            shown = capsys.readouterr().err
+            assert "turns=2, valid=50%" in shown and "1/2" in shown
+
+    def test_the_clock(self):
+        trajectories, clock = self.play(2, seeds(3))
+        assert clock.env == pytest.approx(sum(trajectory.env_seconds for trajectory in trajectories))
+        assert 0 < clock.model < clock.wall and 0 < clock.env and 0 <= clock.env_wait < clock.wall
+        assert clock.model + clock.env_wait < clock.wall
+
+    def test_no_bar_unless_asked_for(self, capsys):
+        self.play(2, seeds(1))
+        assert capsys.readouterr().err == ""
