@@ -155,6 +155,7 @@ def test_window_keeps_the_last_transitions(make_trainer):
 # -- the same loss as TRL's -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
 @pytest.mark.parametrize(
     ("estimator", "scale"),
     [("group", "group"), ("group", "batch"), ("group", "none"), ("turn", "group"), ("turn", "none")],
@@ -344,7 +345,9 @@ def test_padding_rows_weigh_nothing(make_trainer):
     loss, gradients = loss_and_gradients(trainer, batch)
     alone = {name: value if value.ndim == 0 else value[real] for name, value in batch.items()}
     loss_alone, gradients_alone = loss_and_gradients(trainer, alone)
-    padding = {name: value if value.ndim == 0 else torch.cat([value, value[[9, 9, 9]]]) for name, value in batch.items()}
+    padding = {
+        name: value if value.ndim == 0 else torch.cat([value, value[[9, 9, 9]]]) for name, value in batch.items()
+    }
     loss_padded, gradients_padded = loss_and_gradients(trainer, padding)
     assert abs(loss) > 1e-4
     torch.testing.assert_close((loss_alone, gradients_alone), (loss, gradients))
@@ -563,6 +566,41 @@ def test_qlora_trains_on_cpu(make_trainer, tmp_path):
     assert changed and all("lora_" in name for name in changed)
 
 
+class AsLongAsAsked(Pay):
+    """Takes its horizon from the dataset."""
+
+    def reset(self, *, seed=None, options=None):
+        self.horizon = options["horizon"]
+        return super().reset(seed=seed)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_dataset_says_what_to_play(make_trainer, streamed):
+    dataset = Dataset.from_dict({"seed": [7, 5], "options": [{"horizon": 1}, {"horizon": 2}]})
+    if streamed:
+        dataset = dataset.to_iterable_dataset()
+    trainer = make_trainer(
+        acts("a", "b", "ab", "bc"),
+        env=AsLongAsAsked,
+        advantage_estimator="group",
+        max_steps=1,
+        kwargs={"train_dataset": dataset},
+    )
+    trainer.train()
+    assert [trajectory.seed for trajectory in trainer.trajectories] == [7, 7, 5, 5]
+    assert [len(trajectory.turns) for trajectory in trainer.trajectories] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("side_by_side", [1, 3])
+def test_episodes_side_by_side_do_not_touch_each_other(make_trainer, side_by_side):
+    def sampled(**config):
+        trainer = make_trainer(env="trl_agents/Bandit-v0", env_kwargs={"n_arms": 3, "horizon": 2}, **config)
+        generate(trainer)
+        return [str(trajectory) for trajectory in trainer.trajectories]
+
+    assert sampled(rollout_batch_size=side_by_side) == sampled()
+
+
 def test_play_is_reproducible_and_learns_nothing(make_trainer):
     trainer = make_trainer(env="trl_agents/Bandit-v0", env_kwargs={"n_arms": 3, "horizon": 2}, rollout_batch_size=2)
     first, again = trainer.play([7, 5, 9]), trainer.play([7, 5, 9])
@@ -723,6 +761,7 @@ def run_in_parallel(model_dir, folder, n_processes):
             learning_rate=1.0,
             max_grad_norm=0.0,
             env_kwargs={"actions": "abcsx"} if name != "sampled" else None,
+            invalid_action="end" if name != "sampled" else "random",
             max_completion_length=8,
             ddp_find_unused_parameters=False,
             **settings,

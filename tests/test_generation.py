@@ -242,7 +242,7 @@ class TestForwardPasses:
         calls = forward_calls(model)
         answers(backend, {slot: [*prompts[slot], *replies[slot].ids, *tokens(slot, 5)] for slot in prompts}, budget=2)
         # The last token of the reply was sampled but not read: it and 5 new ones, the last of them to sample from
-        assert calls == [(2, 5), (2, 1), (2, 1)]
+        assert calls == [(2, 6), (2, 1)]
 
     def test_a_window_reads_from_the_change_on(self):
         model = model_from(CONFIGS["qwen3"]())
@@ -250,7 +250,25 @@ class TestForwardPasses:
         answers(backend, {0: tokens(0, 50)}, budget=2)
         calls = forward_calls(model)
         answers(backend, {0: [*tokens(0, 50)[:40], *tokens(1, 8)]}, budget=1)
-        assert calls == [(1, 7), (1, 1)]
+        assert calls == [(1, 8)]
+
+    @pytest.mark.parametrize(("length", "expected"), [(22, [(4, 22)]), (23, [(1, 22), (4, 1)])])
+    def test_a_long_read_is_done_apart(self, length, expected):
+        model = model_from(CONFIGS["qwen3"]())
+        backend = greedy(model, 4, eos=())
+        prompts = {slot: tokens(slot, 5) for slot in range(3)} | {3: tokens(3, length)}
+        for slot in range(3):
+            backend.submit(slot, prompts[slot], 6, None)
+        assert backend.step() == []
+        calls = forward_calls(model)
+        backend.submit(3, prompts[3], 6, None)
+        replies = dict(backend.step())
+        assert calls == expected  # three rows of padding to the new slot's length: up to 64 tokens are worth a pass
+        while backend.busy:
+            replies.update(backend.step())
+        assert {slot: reply.ids for slot, reply in replies.items()} == {
+            slot: reference(model, prompt, 6, eos=()) for slot, prompt in prompts.items()
+        }
 
     def test_nothing_to_do(self):
         backend = greedy(model_of("qwen3"), 2)

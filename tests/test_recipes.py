@@ -38,7 +38,9 @@ def parse(module, config: Path, *arguments: str):
     return parser.parse_args_and_config(["--config", str(config), "--bf16", "false", *arguments])
 
 
-@pytest.mark.parametrize("config", sorted((RECIPES / "configs").glob("grpo_bandit_*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", sorted((RECIPES / "configs").glob("grpo_bandit_*.yaml")), ids=lambda path: path.stem
+)
 def test_every_config_parses(config, tmp_path):
     script_args, training_args, _ = parse(recipe("grpo_bandit"), config, "--output_dir", str(tmp_path))
     given = yaml.safe_load(config.read_text())
@@ -59,7 +61,13 @@ def test_every_config_has_a_section():
 def test_help_names_the_options():
     result = run("grpo_bandit.py", "--help")
     assert result.returncode == 0, result.stderr
-    for option in ("--env_id", "--num_eval_episodes", "--invalid_action_penalty", "--advantage_estimator", "--use_peft"):
+    for option in (
+        "--env_id",
+        "--num_eval_episodes",
+        "--invalid_action_penalty",
+        "--advantage_estimator",
+        "--use_peft",
+    ):
         assert option in result.stdout
 
 

@@ -49,10 +49,29 @@ class Agent(ABC):
 
 
 class RandomAgent(Agent):
-    """Plays each legal action with the same probability."""
+    """
+    Plays each legal action with the same probability.
+
+    Args:
+        repeat (`float`, *optional*, defaults to `0.0`):
+            Probability of playing the last action again instead, if it is legal. As that does not depend on rewards
+            either, regret stays the random player's; coverage grows more slowly.
+    """
+
+    def __init__(self, repeat: float = 0.0):
+        if not 0.0 <= repeat <= 1.0:
+            raise ValueError(f"repeat={repeat} is a probability: give a number between 0 and 1.")
+        self.repeat = repeat
+
+    def reset(self, *, legal_actions: list[str], seed: int) -> None:
+        super().reset(legal_actions=legal_actions, seed=seed)
+        self.last: str | None = None
 
     def act(self, observation: str, info: Mapping[str, Any]) -> str:
-        return self.rng.choice(self.legal(info))
+        legal = self.legal(info)
+        if not (self.repeat and self.last in legal and self.rng.random() < self.repeat):
+            self.last = self.rng.choice(legal)
+        return self.last
 
 
 class BanditAgent(Agent):

@@ -22,6 +22,7 @@ In `trl` the last reply of an episode calls the environment in vain (its loop en
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -57,6 +58,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_agents.actions import ActionParser
 from trl_agents.contexts import Briefing, ChatContext, opening_message
+from trl_agents.envs import make_env
 from trl_agents.rollout.generation import Sampling, SlotBackend
 from trl_agents.rollout.play import Episode, Player, Rules
 from trl_agents.rollout.workers import EnvPool
@@ -64,18 +66,17 @@ from trl_agents.rollout.workers import EnvPool
 
 # -- what all three read and write ------------------------------------------------------------------------------------
 
-# ChatML with tools, as Qwen's: what TRL's loop asks of a template.
+# ChatML with tools: what TRL's loop asks of a template. What a tool says is a message of the user, so that `trl` and
+# `ours` read the same.
 CHAT_TEMPLATE = """\
 {%- if tools %}{{ '<|im_start|>system\n# Tools' }}
 {%- for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
 {%- for message in messages %}
-{%- if message.role == 'tool' %}
-{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
-{%- else %}{{ '<|im_start|>' + message.role + '\n' + message.content }}
+{{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\n' + message.content }}
 {%- for call in message.tool_calls or [] %}
 {{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}' }}
 {{- '</tool_call>' }}
-{%- endfor %}{{ '<|im_end|>\n' }}{% endif %}
+{%- endfor %}{{ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
@@ -94,28 +95,22 @@ RESPONSE_TEMPLATE = {
     },
 }
 
-INSTRUCTIONS = (
-    "You play a game of many steps. At each step think about what happened so far, in a few words, and then call the "
-    "tool with the action of your choice. There are two actions, left and right, and each pays a reward that you have "
-    "to find out. Collect as much of it as you can."
-)
-ACTIONS = ["left", "right"]
-CALL = '<tool_call>{"name": "play", "arguments": {"action": "left"}}</tool_call>'
+CALL = '<tool_call>{"name": "press", "arguments": {"button": "red"}}</tool_call>'
 FILLER = " so"
-PARSER = ActionParser(patterns=[r'"action": "(\w+)"'])
+PARSER = ActionParser(patterns=[r'"button": "(\w+)"'])
 
 
-def observation(step: int) -> str:
-    return f"Step={step} Action=left Reward={step % 2}"
-
-
-def play(action: str) -> str:
+def press(button: str) -> str:
     """
-    Play one step of the game.
+    Press a button.
 
     Args:
-        action: The action to play, left or right.
+        button: The colour of the button.
     """
+
+
+def make_bandit(turns: int) -> Any:
+    return make_env("trl_agents/Bandit-v0", n_arms=5, horizon=turns, distribution="bernoulli")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -131,10 +126,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [INSTRUCTIONS, observation(0), CALL, FILLER * 2, json.dumps(get_json_schema(play)), "user assistant system"]
-    tokenizer.train_from_iterator(texts * 4, trainer)
-    markers = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in markers])
+    bandit = make_bandit(2)
+    bandit.reset(seed=0)
+    texts = [opening_message(Briefing.of(bandit), ""), bandit.step("red")[0], json.dumps(get_json_schema(press))]
+    tokenizer.train_from_iterator([*texts, CALL, FILLER, *["system", "user", "assistant"] * 9], trainer)
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in ("<tool_call>", "</tool_call>")])
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -235,17 +231,17 @@ class TRLLoop:
     """TRL's `environment_factory`."""
 
     class Environment:
-        def reset(self, **kwargs) -> None:
-            self.steps = 0
+        def reset(self, turns: int, seed: int, **kwargs) -> None:
+            self.bandit = make_bandit(turns)
+            self.bandit.reset(seed=seed)
 
-        def play(self, action: str) -> str:
-            self.steps += 1
-            return observation(self.steps)
+        def press(self, button: str) -> str:
+            return self.bandit.step(button)[0]
 
         def get_reward(self) -> float:
-            return 1.0
+            return 0.0
 
-    Environment.play.__doc__ = play.__doc__
+    Environment.press.__doc__ = press.__doc__
 
     class Trainer(GRPOTrainer):
         """Times the rollout alone, and keeps what it made."""
@@ -278,9 +274,10 @@ class TRLLoop:
     def run(self, case: Case) -> Measured:
         trainer = self.trainer
         trainer.max_tool_calling_iterations = case.turns - 1
-        prompt = [{"role": "user", "content": opening_message(Briefing(INSTRUCTIONS), observation(0))}]
+        prompt = [{"role": "user", "content": opening_message(Briefing.of(make_bandit(case.turns)), "")}]
+        inputs = [{"prompt": prompt, "turns": case.turns, "seed": seed} for seed in range(case.episodes)]
         with scripted_generate(self.bench.model, self.bench.script):
-            trainer._generate_and_score_completions([{"prompt": prompt}] * case.episodes)
+            trainer._generate_and_score_completions(inputs)
         prompt_ids, completion_ids, tool_mask, *_ = trainer.rollout_output
         rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         return Measured(trainer.rollout_seconds, sum(map(sum, tool_mask)), rows)
@@ -288,24 +285,6 @@ class TRLLoop:
 
 class Ours:
     """`Player`, `ChatContext` and `SlotBackend`."""
-
-    class Environment:
-        instructions = INSTRUCTIONS
-
-        def __init__(self, turns: int):
-            self.turns = turns
-
-        def reset(self, *, seed=None, options=None) -> tuple[str, dict]:
-            self.steps = 0
-            return observation(0), {"legal_actions": ACTIONS}
-
-        def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-            self.steps += 1
-            text = f"<tool_response>\n{observation(self.steps)}\n</tool_response>"  # as the template frames TRL's
-            return text, 1.0, self.steps == self.turns, False, {"legal_actions": ACTIONS}
-
-        def close(self) -> None:
-            pass
 
     class Backend(SlotBackend):
         def __init__(self, *args, script: Script):
@@ -319,16 +298,19 @@ class Ours:
 
     def __init__(self, bench: Benchmark):
         self.bench = bench
-        self.context = ChatContext(bench.tokenizer, chat_template_kwargs={"tools": [get_json_schema(play)]})
+        self.context = ChatContext(bench.tokenizer, chat_template_kwargs={"tools": [get_json_schema(press)]})
         self.sampling = Sampling((bench.tokenizer.eos_token_id,))
 
     def run(self, case: Case) -> Measured:
-        pool = EnvPool(lambda: self.Environment(case.turns), case.episodes)
+        pool = EnvPool(functools.partial(make_bandit, case.turns), case.episodes)
+        briefing = Briefing.of(make_bandit(case.turns))
         try:
             started = time.perf_counter()
             backend = self.Backend(self.bench.model, case.episodes, self.sampling, script=self.bench.script)
-            player = Player(pool, backend, self.context, PARSER, Briefing(INSTRUCTIONS), Rules(max_new_tokens=case.tokens))
-            trajectories, self.clock = player.play([Episode(0, (number,)) for number in range(case.episodes)])
+            player = Player(
+                pool, backend, self.context, PARSER, briefing, Rules(max_new_tokens=case.tokens)
+            )
+            trajectories, self.clock = player.play([Episode(seed) for seed in range(case.episodes)])
             seconds = time.perf_counter() - started
         finally:
             pool.close()
@@ -342,12 +324,12 @@ class Floor:
 
     def __init__(self, bench: Benchmark):
         self.bench = bench
-        context = ChatContext(bench.tokenizer, chat_template_kwargs={"tools": [get_json_schema(play)]})
-        self.prompt_ids = context.begin(Briefing(INSTRUCTIONS), observation(0), {}).prompt_ids
+        self.context = ChatContext(bench.tokenizer, chat_template_kwargs={"tools": [get_json_schema(press)]})
 
     @torch.no_grad()
     def run(self, case: Case) -> Measured:
-        prompt = torch.tensor([self.prompt_ids] * case.episodes, device=self.bench.device)
+        prompt_ids = self.context.begin(Briefing.of(make_bandit(case.turns)), "", {}).prompt_ids
+        prompt = torch.tensor([prompt_ids] * case.episodes, device=self.bench.device)
         config = GenerationConfig(
             do_sample=True,
             top_k=0,
@@ -365,7 +347,7 @@ class Floor:
                 seconds = time.perf_counter() - started
         finally:
             model.generation_config = own_config
-        return Measured(seconds, sum(len(row) - len(self.prompt_ids) for row in output), output)
+        return Measured(seconds, sum(len(row) - len(prompt_ids) for row in output), output)
 
 
 SYSTEMS: dict[str, Callable[[Benchmark], Any]] = {"trl": TRLLoop, "ours": Ours, "floor": Floor}
@@ -429,7 +411,13 @@ def growth(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 def print_table(lines: list[dict[str, Any]], grown: dict[str, float]) -> None:
     names = list(LABELS)
-    head = ["turns", *(f"{name} s" for name in names), "trl/ours", "ours/floor", *(f"{name} ms/step" for name in names)]
+    head = [
+        "turns",
+        *(f"{name} s" for name in names),
+        "trl/ours",
+        "ours/floor",
+        *(f"{name} ms/step" for name in names),
+    ]
     rows = [
         [
             str(line["turns"]),
@@ -462,7 +450,13 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         left.plot(turns, [line["seconds"][name] for line in lines], **style)
         right.plot(turns, [1000 * line["seconds_per_step"][name] for line in lines], **style)
         for line in lines:
-            left.plot([line["turns"]] * len(line["all_seconds"][name]), line["all_seconds"][name], ".", ms=3, color=COLOURS[name])
+            left.plot(
+                [line["turns"]] * len(line["all_seconds"][name]),
+                line["all_seconds"][name],
+                ".",
+                ms=3,
+                color=COLOURS[name],
+            )
     left.set(xscale="log", yscale="log", xlabel="turns per episode", ylabel="seconds per rollout")
     right.set(xscale="log", ylim=(0, None), xlabel="turns per episode", ylabel="milliseconds per environment step")
     for axis in (left, right):

@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .attention import attending, best_attention
+
 
 class SlotLayer(CacheLayerMixin):
     """
@@ -41,18 +43,13 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.grow()
-        rows, positions, columns = self.owner.rows, self.owner.positions, self.owner.columns
-        index = torch.arange(self.owner.n_slots, device=positions.device) if rows is None else rows
-        if rows is None:  # a contiguous block of slots from 0 on: reading is a view
-            index = index[: positions.shape[0]]
+        index, positions, columns = self.owner.index, self.owner.positions, self.owner.columns
         # Indexing with `(rows, :, positions)` puts the sliced head axis last: (b, n, heads, head_dim)
-        self.keys[index[:, None], :, positions] = key_states.transpose(1, 2)
-        self.values[index[:, None], :, positions] = value_states.transpose(1, 2)
-        if rows is None:
-            keys, values = self.keys[: positions.shape[0]], self.values[: positions.shape[0]]
-        else:
-            keys, values = self.keys[rows], self.values[rows]
-        return keys[:, :, :columns], values[:, :, :columns]
+        self.keys[index, :, positions] = key_states.transpose(1, 2)
+        self.values[index, :, positions] = value_states.transpose(1, 2)
+        # Reading a contiguous block of slots from 0 on is a view, other rows are copied
+        rows = slice(len(positions)) if self.owner.rows is None else self.owner.rows
+        return self.keys[rows, :, :columns], self.values[rows, :, :columns]
 
     def grow(self) -> None:
         missing = self.owner.capacity - self.keys.shape[2]
@@ -97,6 +94,7 @@ class SlotCache(Cache):
         self.n_slots = n_slots
         self.capacity = self.GROWTH
         self.rows: torch.Tensor | None = None  # (b,) slots of the batch rows; None: slots 0..b-1
+        self.index: torch.Tensor | None = None  # (b, 1), the same slots, to write with
         self.positions: torch.Tensor | None = None  # (b, n)
         self.columns = 0  # number of columns any row of the batch may attend to
         super().__init__(layers=[SlotLayer(self) for _ in range(n_layers)])
@@ -107,6 +105,7 @@ class SlotCache(Cache):
         `columns`.
         """
         self.rows, self.positions, self.columns = rows, positions, columns
+        self.index = (torch.arange(len(positions), device=positions.device) if rows is None else rows)[:, None]
         if columns > self.capacity:
             self.capacity = -(-columns // self.GROWTH) * self.GROWTH
 
@@ -133,6 +132,7 @@ class SlotModel:
         self.config = model.config.get_text_config()
         self.device = model.device
         self.cache = SlotCache(n_slots, self.config.num_hidden_layers)
+        self.attention = best_attention(model)
         self.window = getattr(self.config, "sliding_window", None)
         self.layer_types = set(getattr(self.config, "layer_types", None) or [])
         if not self.layer_types and not _makes_sliding_masks(model):
@@ -159,25 +159,30 @@ class SlotModel:
     def read(self, rows: list[int] | None, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
         """
         Feed each of `rows` (None: slots 0..b-1) its `tokens` from column `starts` on. Returns the logits `(b, V)`
-        after the last column: of no use where a row has fewer tokens than the longest.
+        after each row's last token.
         """
-        width = max(map(len, tokens))
-        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in tokens], device=self.device)  # (b, n)
-        # Right padding writes behind the row's end, where its next tokens overwrite it
-        columns = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)  # (b, n)
+        lengths = [len(row) for row in tokens]
+        width = max(lengths)
+        # Padding is on the left, so that the last logits are those of the last token, but it is written behind the
+        # row's end, where the row's next tokens overwrite it
+        padded = torch.tensor([[*[0] * (width - len(row)), *row] for row in tokens], device=self.device)  # (b, n)
+        offsets = torch.tensor(lengths, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        columns = torch.tensor(starts, device=self.device)[:, None] + offsets % width  # (b, n)
         # To the model it stands at the last token's position: it may not run past a table of learnt positions, nor
         # change rotary embeddings that depend on the largest position
-        ends = torch.tensor([start + len(row) - 1 for start, row in zip(starts, tokens, strict=True)])
+        ends = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)])
         slots = None if rows is None else torch.tensor(rows, device=self.device)
         self.cache.aim(slots, columns, max(starts) + width)
-        return self.model(
-            input_ids=padded,
-            position_ids=columns.minimum(ends.to(self.device)[:, None]),
-            attention_mask=self._mask(columns),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with attending(self.config, self.attention):
+            output = self.model(
+                input_ids=padded,
+                position_ids=columns.minimum(ends.to(self.device)[:, None]),
+                attention_mask=self._mask(columns),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1]
 
     def _mask(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         columns = torch.arange(self.cache.columns, device=self.device)

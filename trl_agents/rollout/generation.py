@@ -118,6 +118,9 @@ class SlotBackend:
             How to sample.
     """
 
+    # So many tokens of padding in a block cost about as much as one more pass through the model
+    PADDING = 64
+
     def __init__(self, model: PreTrainedModel, n_slots: int, sampling: Sampling):
         problem = self.unsupported(model)
         if problem:
@@ -160,13 +163,13 @@ class SlotBackend:
         active = [index for index, slot in enumerate(self.slots) if slot.active]
         if not active:
             return []
-        self._prefill([index for index in active if len(self.slots[index].ids) - self.slots[index].n_cached > 1])
         # Riding along costs less than gathering the cache, until few of the rows have something to say
         block = active[-1] + 1
         rows = active if 2 * len(active) <= block else list(range(block))
         slots = [self.slots[index] for index in rows]
+        self._read_ahead(active, len(rows))
         # An idle row writes behind its last cached token, where nothing is read
-        tokens = [[slot.ids[slot.n_cached] if slot.active else 0] for slot in slots]
+        tokens = [slot.ids[slot.n_cached :] if slot.active else [0] for slot in slots]
         logits = self.decoder.read(
             None if len(rows) == block else rows, tokens, [slot.n_cached for slot in slots]
         )  # (b, V)
@@ -175,15 +178,21 @@ class SlotBackend:
         finished = []
         for index, token, ended in self._sample(logits, active):
             slot = self.slots[index]
-            slot.n_cached += 1
+            slot.n_cached = len(slot.ids)
             slot.ids.append(token)
             if ended or len(slot.ids) >= slot.limit:
                 slot.active = False
                 finished.append((index, Reply(tuple(slot.ids[slot.n_prompt :]), cut_off=not ended)))
         return finished
 
-    def _prefill(self, indices: list[int]) -> None:
-        """Bring the cache up to all but the last known token of these slots."""
+    def _read_ahead(self, active: list[int], n_rows: int) -> None:
+        """Read all but the last known token apart, where that costs less than to read everything in one block."""
+        unread = {index: len(self.slots[index].ids) - self.slots[index].n_cached for index in active}
+        padding = n_rows * max(unread.values()) - sum(unread.values())
+        fresh = [tuple(self.slots[index].ids[:-1]) for index in active if self.slots[index].n_cached == 0]
+        if padding <= self.PADDING and len(set(fresh)) == len(fresh):
+            return
+        indices = [index for index, length in unread.items() if length > 1]
         if not indices:
             return
         # Fresh slots that start alike (a group's prompt) are computed once

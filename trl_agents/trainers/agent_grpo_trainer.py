@@ -150,16 +150,16 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         self.action_parser = action_parser or ActionParser()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         self._check_settings(args, model, reward_funcs, kwargs)
-        probe = self._probe(args)
-        if kwargs.get("reward_processing_classes") is not None:
-            classes = kwargs["reward_processing_classes"]
-            kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
         if train_dataset is None:
             train_dataset = episode_dataset(range(args.num_train_seeds))
         if eval_dataset is None and args.eval_strategy != "no":
             eval_dataset = episode_dataset(held_out_seeds(args.num_eval_seeds))
         _check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
         _check_dataset(eval_dataset)
+        self.briefing = self._probe(args, next(iter(train_dataset)))
+        if kwargs.get("reward_processing_classes") is not None:
+            classes = kwargs["reward_processing_classes"]
+            kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
         weights, args.reward_weights = args.reward_weights, None
         try:
             super().__init__(model, [environment_reward, *reward_funcs], args, train_dataset, eval_dataset, **kwargs)
@@ -174,7 +174,6 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 module.support_avx512bf16_for_cpu = False
         self.rollout_func = self.rollout_output
         self.reward_statistics = RunningMeanStd(epsilon=0)  # exact: nothing is assumed before the first rewards
-        self.briefing = probe
         self.context = make_context(
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
@@ -229,16 +228,16 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 "1.0 with an environment."
             )
 
-    def _probe(self, args: AgentGRPOConfig) -> Briefing:
-        """Start one episode, to find out now what would otherwise fail in the middle of a run."""
+    def _probe(self, args: AgentGRPOConfig, row: dict[str, Any]) -> Briefing:
+        """Start the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
         env = self.env_factory()
         try:
+            _, info = env.reset(seed=row["seed"], options=row.get("options"))
             if not isinstance(getattr(env, "instructions", None), str):
                 raise ValueError(
                     f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
                     "begins. Give it that attribute."
                 )
-            _, info = env.reset(seed=0)
             legal_actions = info.get("legal_actions")
             if legal_actions:
                 self.action_parser.check_legal_actions(legal_actions)
