@@ -82,7 +82,7 @@ def test_unknown_environment_is_named(tmp_path):
 def short_run(tmp_path_factory):
     """The default recipe with everything small: it writes what the long one does."""
     output_dir = tmp_path_factory.mktemp("recipe")
-    small = ["--max_steps", 2, "--num_transcripts", 12, "--num_eval_episodes", 6, "--per_device_train_batch_size", 4]
+    small = ["--max_steps", 2, "--num_transcripts", 12, "--num_eval_episodes", 6, "--per_device_train_batch_size", 2]
     small += ["--num_generations", 2, "--output_dir", output_dir, "--disable_tqdm", "true"]
     result = run("grpo_bandit.py", *small)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -4,19 +4,19 @@ How long do episodes take: TRL's own environment loop, ours, and the floor.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/rollout_speed.py --output_dir rollout_speed
 
-- `trl`: `GRPOTrainer(environment_factory=...)`, whose loop calls the environment's method as a tool and sends the whole
-  history to `generate` at each turn.
+- `trl`: `GRPOTrainer(environment_factory=...)`, whose loop calls the environment's method as a tool and sends the
+  whole history to `generate` at each turn.
 - `ours`: `Player` with `ChatContext` and `SlotBackend`, which keeps the key-value cache from turn to turn.
 - `floor`: one plain `generate` of as many tokens from the same first prompt, without any environment. Its rows end
   shorter, as nobody answers them.
 
-All three run in one process on the same model with random weights. What a random model would say is replaced, token by
-token, by one scripted reply that calls the tool: logits are computed and sampled from as ever, only their values are
-overwritten, by the same code in all three. So `trl` and `ours` make the same rows, token for token (`test_rollout_speed`
-compares them), and differences in seconds are differences of the loops. Times are medians over repeats, and the systems
-take turns, so that a busy machine is busy for all of them.
+All three run in one process on the same model with random weights, and write the same replies: what a random model
+would say is overwritten, token by token, with a call of the tool. Logits are computed and sampled from as ever, and
+the overwriting is the same code everywhere. So `trl` and `ours` make the same rows, token for token
+(`tests/test_rollout_speed.py` compares them), and a difference in seconds is a difference of the loops. Times are
+medians over repeats; the systems take turns, so that a busy machine is busy for all of them.
 
-In `trl` the last reply of an episode calls the environment in vain (its loop ends with a reply, ours with a step).
+The last reply of an episode calls the environment in vain in `trl`: its loop ends with a reply, ours with a step.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,124 +41,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import transformers
 import trl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from scripted_bandit import PARSER, Script, make_bandit, make_model, make_tokenizer, press, scripted_generate
 from tqdm.auto import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GenerationConfig
 from transformers.utils import get_json_schema
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_agents.actions import ActionParser
 from trl_agents.contexts import Briefing, ChatContext, opening_message
-from trl_agents.envs import make_env
 from trl_agents.rollout.generation import Sampling, SlotBackend
 from trl_agents.rollout.play import Episode, Player, Rules
 from trl_agents.rollout.workers import EnvPool
 
 
-# -- what all three read and write ------------------------------------------------------------------------------------
-
-# ChatML with tools: what TRL's loop asks of a template. What a tool says is a message of the user, so that `trl` and
-# `ours` read the same.
-CHAT_TEMPLATE = """\
-{%- if tools %}{{ '<|im_start|>system\n# Tools' }}
-{%- for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + ('user' if message.role == 'tool' else message.role) + '\n' + message.content }}
-{%- for call in message.tool_calls or [] %}
-{{- '<tool_call>{"name": "' + call.function.name + '", "arguments": ' + call.function.arguments | tojson + '}' }}
-{{- '</tool_call>' }}
-{%- endfor %}{{ '<|im_end|>\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "<|im_start|>assistant\n",
-    "fields": {
-        "tool_calls": {
-            "open": "<tool_call>",
-            "close_pattern": r"</tool_call>\s*",
-            "repeats": True,
-            "content": "json",
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
-    },
-}
-
-CALL = '<tool_call>{"name": "press", "arguments": {"button": "red"}}</tool_call>'
-FILLER = " so"
-PARSER = ActionParser(patterns=[r'"button": "(\w+)"'])
-
-
-def press(button: str) -> str:
-    """
-    Press a button.
-
-    Args:
-        button: The colour of the button.
-    """
-
-
-def make_bandit(turns: int) -> Any:
-    return make_env("trl_agents/Bandit-v0", n_arms=5, horizon=turns, distribution="bernoulli")
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows the words of this game, and numbers by their digits."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1024,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bandit = make_bandit(2)
-    bandit.reset(seed=0)
-    texts = [opening_message(Briefing.of(bandit), ""), bandit.step("red")[0], json.dumps(get_json_schema(press))]
-    tokenizer.train_from_iterator([*texts, CALL, FILLER, *["system", "user", "assistant"] * 9], trainer)
-    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in ("<tool_call>", "</tool_call>")])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|im_end|>",
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-    made.response_template = RESPONSE_TEMPLATE
-    return made
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights: 5 million with the default shape."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=max(hidden_size // 32, 2),
-        num_key_value_heads=max(hidden_size // 128, 1),
-        head_dim=32,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).eval()
+# -- the systems ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,52 +72,6 @@ class Measured:
     seconds: float
     sampled: int
     rows: list[list[int]] = field(default_factory=list)
-
-
-class Script:
-    """The reply that is always given: some filler words, the call, the end-of-turn token."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, tokens: int, device: str):
-        call, filler = tokenizer.encode(CALL), tokenizer.encode(FILLER)
-        ids = filler * (tokens - len(call) - 1) + call + [tokenizer.eos_token_id]
-        if len(ids) != tokens:
-            raise ValueError(f"--tokens {tokens} is too short a reply: the call alone takes {len(call) + 1} tokens.")
-        self.ids = torch.tensor(ids, device=device)
-
-    def overwrite(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`logits` (b, V), of which only the scripted tokens at `positions` (b,) of the reply are left."""
-        tokens = self.ids[positions % len(self.ids)]
-        return torch.full_like(logits, -math.inf).scatter_(1, tokens[:, None], 0.0)
-
-
-# -- the systems ------------------------------------------------------------------------------------------------------
-
-
-class ScriptedLogits(LogitsProcessor):
-    """The script inside `generate`."""
-
-    def __init__(self, script: Script, prompt_length: int):
-        self.script, self.prompt_length = script, prompt_length
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        positions = torch.full((len(scores),), input_ids.shape[1] - self.prompt_length, device=scores.device)
-        return self.script.overwrite(scores, positions)
-
-
-@contextmanager
-def scripted_generate(model: Qwen3ForCausalLM, script: Script) -> Iterator[None]:
-    """Let `model.generate`, whoever calls it, say what the script says."""
-    plain = model.generate
-
-    def generate(**kwargs: Any) -> torch.Tensor:
-        processor = ScriptedLogits(script, kwargs["input_ids"].shape[1])
-        return plain(**kwargs, logits_processor=LogitsProcessorList([processor]))
-
-    model.generate = generate
-    try:
-        yield
-    finally:
-        del model.generate
 
 
 class TRLLoop:
@@ -256,7 +103,7 @@ class TRLLoop:
     def __init__(self, bench: Benchmark):
         self.bench = bench
         args = GRPOConfig(
-            output_dir=str(bench.output_dir / "trl"),
+            output_dir=str(bench.output_dir),
             per_device_train_batch_size=bench.episodes,
             num_generations=bench.episodes,
             max_completion_length=30000,
@@ -307,16 +154,13 @@ class Ours:
         try:
             started = time.perf_counter()
             backend = self.Backend(self.bench.model, case.episodes, self.sampling, script=self.bench.script)
-            player = Player(
-                pool, backend, self.context, PARSER, briefing, Rules(max_new_tokens=case.tokens)
-            )
+            player = Player(pool, backend, self.context, PARSER, briefing, Rules(max_new_tokens=case.tokens))
             trajectories, self.clock = player.play([Episode(seed) for seed in range(case.episodes)])
             seconds = time.perf_counter() - started
         finally:
             pool.close()
-        turns = [[turn for turn in trajectory.turns] for trajectory in trajectories]
-        rows = [[id_ for turn in row for id_ in (*turn.input_ids, *turn.action_ids)] for row in turns]
-        return Measured(seconds, sum(len(turn.action_ids) for row in turns for turn in row), rows)
+        rows = [[id_ for turn in t.turns for id_ in (*turn.input_ids, *turn.action_ids)] for t in trajectories]
+        return Measured(seconds, sum(len(turn.action_ids) for t in trajectories for turn in t.turns), rows)
 
 
 class Floor:
@@ -450,13 +294,8 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         left.plot(turns, [line["seconds"][name] for line in lines], **style)
         right.plot(turns, [1000 * line["seconds_per_step"][name] for line in lines], **style)
         for line in lines:
-            left.plot(
-                [line["turns"]] * len(line["all_seconds"][name]),
-                line["all_seconds"][name],
-                ".",
-                ms=3,
-                color=COLOURS[name],
-            )
+            repeats = line["all_seconds"][name]
+            left.plot([line["turns"]] * len(repeats), repeats, ".", markersize=3, color=COLOURS[name])
     left.set(xscale="log", yscale="log", xlabel="turns per episode", ylabel="seconds per rollout")
     right.set(xscale="log", ylim=(0, None), xlabel="turns per episode", ylabel="milliseconds per environment step")
     for axis in (left, right):
@@ -487,7 +326,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the command and return what it writes, with the rows of the last run of each system."""
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if min(*args.turns, args.episodes, args.repeats) < 1:
+        parser.error("--turns, --episodes and --repeats are at least 1")
     bench = Benchmark(args)
     cases = [Case(turns, args.episodes, args.tokens) for turns in sorted(set(args.turns))]
     measured = bench.measure(cases, args.repeats)
@@ -506,7 +348,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     bench.output_dir.mkdir(parents=True, exist_ok=True)
     (bench.output_dir / "rollout_speed.json").write_text(json.dumps(result, indent=2) + "\n")
-    title = f"{args.episodes} episodes, {args.tokens} tokens a turn, {bench.model.num_parameters() / 1e6:.1f}M parameters, {args.device}"
+    millions = bench.model.num_parameters() / 1e6
+    title = f"{args.episodes} episodes, {args.tokens} tokens a turn, {millions:.1f}M parameters, {args.device}"
     plot(lines, title, bench.output_dir / "rollout_speed.png")
     print_table(lines, result["growth"])
     return {**result, "measured": measured}
