@@ -327,6 +327,10 @@ def turn_advantages_of(trainer, batch):
 
 
 def test_padding_rows_weigh_nothing(make_trainer):
+    def by_row(prompts, trajectory, **kwargs):
+        assert all(t.turns for t in trajectory)  # padding rows too are shown an episode
+        return [float(number) for number in range(len(prompts))]
+
     trainer = make_trainer(
         acts("s", "as", "abc", "cba"),
         env_kwargs={"actions": "abcs"},
@@ -334,12 +338,18 @@ def test_padding_rows_weigh_nothing(make_trainer):
         advantage_estimator="group",
         num_iterations=2,
         beta=0.1,
+        reward_weights=[0.0],
+        kwargs={"reward_funcs": by_row},
     )
     batch = generate(trainer)
     loss_mask = batch["completion_mask"] * batch["tool_mask"]
     real = loss_mask.sum(1) > 0
     assert real.tolist() == [True] * 9 + [False]  # 1 + 2 + 3 + 3 turns, to a multiple of the group's 2
     assert (batch["advantages"][~real] == 0).all()
+    metrics = trainer._metrics["train"]
+    assert metrics["reward"] == metrics["rewards/environment_reward/mean"] == [3.0]  # 2, 2, 4 and 4, an episode each
+    assert metrics["rewards/by_row/mean"] == [4.0]  # of rows 0 to 8
+    assert "frac_reward_zero_std" not in metrics  # TRL's would compare rows of one episode
 
     perturb(trainer.model)
     loss, gradients = loss_and_gradients(trainer, batch)
@@ -421,7 +431,8 @@ def test_an_episode_that_outgrows_the_context_trains_on(make_trainer):
 
 @pytest.mark.parametrize("context", ["chat", "window"])
 def test_completions_table_holds_whole_episodes(make_trainer, tmp_path, context):
-    def turns(prompts, trajectory, **kwargs):
+    def turns(prompts, log_extra, **kwargs):
+        log_extra("note", list("abcd" * 3)[: len(prompts)])
         return [1.0] * len(prompts)
 
     trainer = make_trainer(
@@ -437,6 +448,7 @@ def test_completions_table_holds_whole_episodes(make_trainer, tmp_path, context)
     )
     assert table["environment_reward"].tolist() == [4.0, 3.0, 3.0, 4.0]
     assert table["turns"].tolist() == [1.0 if context == "chat" else 3.0] * 4
+    assert ("note" in table) == (context == "chat")  # noted on rows: here they are episodes, there turns
     assert table["advantage"].tolist() == pytest.approx([4 / 3, -4 / 3, 1 / 6, -1 / 6])
 
 

@@ -43,7 +43,7 @@ def trainer(tmp_path):
 
 def test_prompts_are_whole_and_replies_verbatim(trainer):
     batch = generate(ready(trainer))
-    engine, (rows, width) = trainer.vllm_generation, batch["completion_ids"].shape
+    engine, rows = trainer.vllm_generation, len(batch["completion_ids"])
     assert len(engine.prompts) == 3, "one call a turn, for all episodes together"
     assert [len(prompts) for prompts in engine.prompts] == [rows] * 3
     for earlier, later in zip(engine.prompts[0], engine.prompts[1], strict=True):

@@ -192,8 +192,11 @@ def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str,
 
 
 def cumulative_regret(trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """Cumulative pseudo-regret by step, `(n_episodes, n_steps)`: the sum of `max_a mu_a - mu_{a_t}` up to each step."""
-    return np.cumsum([[turn.info["regret"] for turn in t.turns if "regret" in turn.info] for t in trajectories], axis=1)
+    """Sum of `max_a mu_a - mu_{a_t}` up to each step, `(n_episodes, n_steps)`."""
+    regrets = [
+        [turn.info["regret"] for turn in trajectory.turns if "regret" in turn.info] for trajectory in trajectories
+    ]
+    return np.cumsum(regrets, axis=1)
 
 
 def markdown_table(table: Mapping[str, Mapping[str, Interval]]) -> str:

@@ -142,7 +142,8 @@ def make_tiny_model(
         `str`: `output_dir`, for `from_pretrained`.
     """
     seeds = range(TRANSCRIPT_SEEDS + seed * n_transcripts, TRANSCRIPT_SEEDS + (seed + 1) * n_transcripts)
-    dataset = play_transcripts(env, agent or RandomAgent(repeat=0.5), seeds, parser=parser, context=context, window=window)
+    agent = agent or RandomAgent(repeat=0.5)
+    dataset = play_transcripts(env, agent, seeds, parser=parser, context=context, window=window)
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
     tokenizer = tiny_tokenizer(texts)
     model = tiny_model(tokenizer, seed=seed)
@@ -252,9 +253,7 @@ def _window_messages(
     trajectory: Trajectory, briefing: Briefing, replies: list[str], window: int | None
 ) -> list[list[dict[str, str]]]:
     conversations, lines, opened = [], [], trajectory.turns[0].observation
-    for turn, reply, following in zip(
-        trajectory.turns, replies, [*trajectory.turns[1:], None], strict=True
-    ):
+    for turn, reply, following in zip(trajectory.turns, replies, [*trajectory.turns[1:], None], strict=True):
         kept = lines if window is None else lines[-window:]
         message = window_message(briefing, kept, opened)
         conversations.append([{"role": "user", "content": message}, {"role": "assistant", "content": reply}])

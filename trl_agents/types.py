@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class InvalidReason(str, Enum):
+class InvalidReason(StrEnum):
     """Why a reply held no action. The values name the metrics `agents/invalid_<reason>`."""
 
     NO_MATCH = "no_match"  # no pattern matched anything in the text
@@ -21,7 +21,7 @@ class InvalidReason(str, Enum):
     CUT_OFF = "cut_off"  # nothing usable, and the reply ran into its token budget
 
 
-class StopReason(str, Enum):
+class StopReason(StrEnum):
     """Why an episode ended. The values name the metrics `agents/stop_<reason>`."""
 
     TERMINATED = "terminated"  # the environment reached a terminal state: nothing follows, its value is 0
@@ -70,7 +70,7 @@ class Turn:
     action_ids: tuple[int, ...]
     text: str
     parsed: ParsedAction
-    executed: str | None  # what the environment was given: differs from `parsed.action` when that is None; None: no step
+    executed: str | None  # what the environment was given; None: it was not stepped
     reward: float = 0.0  # the environment's own, raw
     penalty: float = 0.0  # shaping for an invalid action, at most 0
     appends: bool = True
