@@ -9,6 +9,7 @@ THE SEAM: the only file that touches TRL, and TRL's private names.
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,8 +224,5 @@ class RolloutGRPOTrainer(GRPOTrainer):
 
 
 def _emptied(logs: dict[str, Any]) -> dict[str, Any]:
-    """Containers of the same kind with nothing in them, for any number of rows."""
-    return {
-        name: type(value)(value.default_factory) if hasattr(value, "default_factory") else type(value)(maxlen=None)
-        for name, value in logs.items()
-    }
+    """Containers for any number of rows. TRL's own keep a generation batch's worth of episodes."""
+    return {name: defaultdict(list) if isinstance(value, defaultdict) else [] for name, value in logs.items()}
