@@ -30,25 +30,8 @@ from ..rollout.play import Clock, Episode, Player, Rules
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
-
-
-# Losses that divide by the number of tokens: rows that weigh nothing leave them as they are.
-TOKEN_LOSSES = ("dapo", "bnpo", "cispo")
-
-# What a reader of the model card wants to know of how the agent was trained.
-CARD_SETTINGS = (
-    "context",
-    "max_completion_length",
-    "advantage_estimator",
-    "discount",
-    "num_generations",
-    "reward_normalization",
-    "invalid_action",
-    "invalid_action_penalty",
-    "beta",
-    "learning_rate",
-    "temperature",
-)
+from .card import card_section
+from .checks import check_dataset, check_settings
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -149,13 +132,13 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         self.env_factory = functools.partial(make_env, env, **(args.env_kwargs or {}))
         self.action_parser = action_parser or ActionParser()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
-        self._check_settings(args, model, reward_funcs, kwargs)
+        check_settings(args, model, reward_funcs, kwargs)
         if train_dataset is None:
             train_dataset = episode_dataset(range(args.num_train_seeds))
         if eval_dataset is None and args.eval_strategy != "no":
             eval_dataset = episode_dataset(held_out_seeds(args.num_eval_seeds))
-        _check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
-        _check_dataset(eval_dataset)
+        check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
+        check_dataset(eval_dataset)
         self.briefing = self._probe(args, next(iter(train_dataset)))
         if kwargs.get("reward_processing_classes") is not None:
             classes = kwargs["reward_processing_classes"]
@@ -181,52 +164,6 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
 
     # -- checks, all before anything is loaded or written ------------------------------------------------------------
-
-    def _check_settings(self, args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs: dict[str, Any]) -> None:
-        for name in ("rollout_func", "environment_factory", "tools"):
-            if kwargs.get(name):
-                raise ValueError(f"`{name}` and `env` both say how completions are made: pass only one of them.")
-        if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
-            raise ValueError(
-                f"reward_weights={args.reward_weights} for {len(reward_funcs)} reward functions: give one weight for "
-                "each of `reward_funcs`. The environment's own reward weighs 1."
-            )
-        if args.max_completion_length is None or args.max_completion_length < 1:
-            raise ValueError(
-                f"max_completion_length={args.max_completion_length} is the token budget of one reply: give a "
-                "positive number."
-            )
-        if args.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns=True would remove the dataset's column 'seed'. Use False with an environment."
-            )
-        with_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-        if args.beta != 0.0 and not with_adapter and not isinstance(model, str) and not model.config.name_or_path:
-            raise ValueError(
-                f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
-                "one was made in memory. Save it and pass the folder, or use beta=0.0."
-            )
-        if args.context == "window" and args.loss_type not in TOKEN_LOSSES:
-            raise ValueError(
-                f"loss_type={args.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
-                f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
-            )
-        if args.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                f"multi_objective_aggregation={args.multi_objective_aggregation!r} normalises each reward function "
-                "over episodes, which has no meaning for rewards per turn. Use 'sum_then_normalize'."
-            )
-        if not args.use_vllm and (args.generation_kwargs or args.use_transformers_continuous_batching):
-            raise ValueError(
-                f"generation_kwargs={args.generation_kwargs} and use_transformers_continuous_batching="
-                f"{args.use_transformers_continuous_batching} have no effect on episodes: use temperature, top_p, "
-                "top_k and min_p, or use_vllm."
-            )
-        if args.repetition_penalty != 1.0:
-            raise ValueError(
-                f"repetition_penalty={args.repetition_penalty} would punish naming an action twice in an episode. Use "
-                "1.0 with an environment."
-            )
 
     def _probe(self, args: AgentGRPOConfig, row: dict[str, Any]) -> Briefing:
         """Start the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
@@ -396,32 +333,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir) / "README.md"
         if self.plays and self.is_world_process_zero() and path.exists():
-            path.write_text(path.read_text(encoding="utf-8") + self._card_section(), encoding="utf-8")
-
-    def _card_section(self) -> str:
-        env, env_kwargs = self.env_name, self.args.env_kwargs or {}
-        model = self.args.hub_model_id or self.args.output_dir
-        call = f'play_model(model, tokenizer, "{env}", held_out_seeds(8), env_kwargs={env_kwargs!r}'
-        call += f", max_new_tokens={self.args.max_completion_length}"
-        if self.args.context == "window":
-            call += f', context="window", window={self.args.window}'
-        code = f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_agents.evaluation import held_out_seeds, play_model
-
-model = AutoModelForCausalLM.from_pretrained("{model}")
-tokenizer = AutoTokenizer.from_pretrained("{model}")
-for episode in {call}):
-    print(episode, end="\\n\\n")
-"""
-        settings = [
-            ("environment", f"`{env}` {env_kwargs}"),
-            ("actions", f"`{self.action_parser!r}`"),
-            *((name, f"`{getattr(self.args, name)}`") for name in CARD_SETTINGS),
-        ]
-        table = "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
-        results = f"\n## Results\n\n{self.card_results}\n" if self.card_results else ""
-        return f"\n## The agent\n\n{table}\n\nLet it play:\n\n```python\n{code}```\n{results}"
+            section = card_section(self.env_name, self.action_parser, self.args, self.card_results)
+            path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
 
     # -- rows and credit ---------------------------------------------------------------------------------------------
 
@@ -499,18 +412,3 @@ def episode_dataset(seeds) -> Dataset:
     """A dataset of episodes for [`AgentGRPOTrainer`]: one seed each."""
     seeds = list(seeds)
     return Dataset.from_dict({"prompt": [""] * len(seeds), "seed": seeds})
-
-
-def _check_dataset(dataset: Any, at_least: int = 0) -> None:
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        columns = getattr(part, "column_names", None)
-        if columns is not None and "seed" not in columns:
-            raise ValueError(
-                f"With `env`, a dataset says which episodes to play in a column 'seed', but its columns are {columns}."
-                " Add one, or leave the dataset out."
-            )
-        if hasattr(part, "__len__") and len(part) < at_least:
-            raise ValueError(
-                f"{len(part)} seeds to train on, but each generation batch takes {at_least} (generation_batch_size / "
-                "num_generations): nothing would be trained. Give more seeds, or a smaller batch."
-            )

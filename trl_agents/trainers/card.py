@@ -1,0 +1,62 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What the model card says of an agent."""
+
+from __future__ import annotations
+
+from ..actions import ActionParser
+from .agent_grpo_config import AgentGRPOConfig
+
+
+# What a reader of the model card wants to know of how the agent was trained.
+CARD_SETTINGS = (
+    "context",
+    "max_completion_length",
+    "advantage_estimator",
+    "discount",
+    "num_generations",
+    "reward_normalization",
+    "invalid_action",
+    "invalid_action_penalty",
+    "beta",
+    "learning_rate",
+    "temperature",
+)
+
+
+def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results: str) -> str:
+    """
+    Markdown on the agent: its settings, ten lines that let it play, and what it achieved.
+
+    Args:
+        env (`str`):
+            Id or name of the environment.
+        parser ([`ActionParser`]):
+            What takes its actions out of text.
+        args ([`AgentGRPOConfig`]):
+            How it was trained.
+        results (`str`):
+            Markdown; empty for none.
+    """
+    env_kwargs = args.env_kwargs or {}
+    model = args.hub_model_id or args.output_dir
+    call = f'play_model(model, tokenizer, "{env}", held_out_seeds(8), env_kwargs={env_kwargs!r}'
+    call += f", max_new_tokens={args.max_completion_length}"
+    if args.context == "window":
+        call += f', context="window", window={args.window}'
+    code = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_agents.evaluation import held_out_seeds, play_model
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+tokenizer = AutoTokenizer.from_pretrained("{model}")
+for episode in {call}):
+    print(episode, end="\\n\\n")
+"""
+    settings = [
+        ("environment", f"`{env}` {env_kwargs}"),
+        ("actions", f"`{parser!r}`"),
+        *((name, f"`{getattr(args, name)}`") for name in CARD_SETTINGS),
+    ]
+    table = "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
+    achieved = f"\n## Results\n\n{results}\n" if results else ""
+    return f"\n## The agent\n\n{table}\n\nLet it play:\n\n```python\n{code}```\n{achieved}"
