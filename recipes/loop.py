@@ -34,15 +34,15 @@ class Settings:
     horizon: int = field(default=10, metadata={"help": "Steps of an episode (K)."})
     warmup_steps: int = field(default=100, metadata={"help": "Steps of warm-up on a random player's episodes."})
     num_updates: int = field(default=60, metadata={"help": "Rollouts, each followed by its optimizer steps."})
-    num_prompts: int = field(default=8, metadata={"help": "Bandits in a rollout."})
+    num_prompts: int = field(default=4, metadata={"help": "Bandits in a rollout."})
     num_generations: int = field(default=8, metadata={"help": "Episodes on each bandit (G)."})
     num_minibatches: int = field(default=2, metadata={"help": "Optimizer steps on a rollout."})
     max_completion_length: int = field(default=24, metadata={"help": "Token budget of one reply."})
     invalid_action_penalty: float = field(default=-5.0, metadata={"help": "Added for a reply without an action."})
-    discount: float = field(default=0.5, metadata={"help": "Weight of the next turn's return-to-go."})
+    discount: float = field(default=0.3, metadata={"help": "Weight of the next turn's return-to-go."})
     epsilon: float = field(default=0.2, metadata={"help": "How far the ratio may move before it is clipped."})
-    beta: float = field(default=0.05, metadata={"help": "Coefficient of the KL to the reference model."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of AdamW."})
+    beta: float = field(default=0.001, metadata={"help": "Coefficient of the KL to the reference model."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Learning rate of AdamW, which falls to 0."})
     seed: int = field(default=0, metadata={"help": "Seeds everything."})
 
 
@@ -110,16 +110,15 @@ def turn_advantages(rewards: torch.Tensor, num_generations: int, discount: float
     """
     How much better each turn `(B, K)` was than the same turn of the other episodes of its bandit:
 
-        G_k = r_k + discount * G_{k+1}              the return-to-go: a turn does not answer for what came before it
-        A_k = (G_k - mean_g G_k) / (std_g + 1e-4)   mean over the G episodes of the group g, std over all their turns
+        G_k = r_k + discount * G_{k+1}                 the return-to-go: a turn does not answer for what came before it
+        A_k = (G_k - mean_g G_k) / (std + 1e-4)        mean over the G episodes of the group g, std over all turns
     """
     returns = rewards.clone()
     for k in reversed(range(rewards.shape[1] - 1)):
         returns[:, k] += discount * returns[:, k + 1]
     groups = returns.unflatten(0, (-1, num_generations))  # (B / G, G, K)
-    advantages = groups - groups.mean(dim=1, keepdim=True)
-    std = advantages.square().sum(dim=(1, 2), keepdim=True).div(groups[0].numel() - 1).sqrt()
-    return (advantages / (std + 1e-4)).flatten(0, 1)
+    advantages = (groups - groups.mean(dim=1, keepdim=True)).flatten(0, 1)
+    return advantages / (advantages.std() + 1e-4)
 
 
 def to_batch(
@@ -166,13 +165,14 @@ def main(settings: Settings) -> list[float]:
 
     # A model that can write replies. Any causal language model will do: from here on, nothing knows that it is tiny.
     seeds = range(10**6, 10**6 + 8 * settings.warmup_steps)
-    conversations = play_transcripts(bandit, RandomAgent(), seeds)["messages"]
+    conversations = play_transcripts(bandit, RandomAgent(repeat=0.5), seeds)["messages"]
     tokenizer = tiny_tokenizer("\n".join(message["content"] for message in row) for row in conversations[:200])
     model = tiny_model(tokenizer, seed=settings.seed)
     warm_up(model, tokenizer, conversations, settings.warmup_steps)
     reference = copy.deepcopy(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.num_updates)
     n_episodes, pad_id = settings.num_prompts * settings.num_generations, tokenizer.pad_token_id
     envs = [bandit() for _ in range(n_episodes)]
     regrets = []
@@ -197,6 +197,7 @@ def main(settings: Settings) -> list[float]:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+        schedule.step()
 
         return_ = np.mean([sum(episode.rewards) for episode in episodes])
         regrets.append(np.mean([episode.regret for episode in episodes]).item())

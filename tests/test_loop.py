@@ -39,7 +39,7 @@ def test_loss_and_gradients_equal_the_trainers(model_dir, tmp_path):
         num_generations=settings.num_generations,
         advantage_estimator="turn",
         discount=settings.discount,
-        scale_rewards="group",
+        scale_rewards="batch",
         epsilon=settings.epsilon,
         beta=settings.beta,
         num_iterations=2,  # each batch is used again after an update: the policy is no longer the one that played

@@ -286,6 +286,7 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     turns = [line["turns"] for line in lines]
@@ -302,6 +303,7 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_xticks(turns, [str(value) for value in turns])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.legend()
     figure.suptitle(title)

@@ -30,7 +30,7 @@ class SlotLayer(CacheLayerMixin):
 
     def __init__(self, owner: SlotCache):
         super().__init__()
-        self.owner = owner
+        self.owner = weakref.proxy(owner)  # no cycle: the memory is free as soon as the rollout is over
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         n_slots, capacity = self.owner.n_slots, self.owner.capacity
