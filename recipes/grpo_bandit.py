@@ -25,6 +25,7 @@ from trl_agents.plots import plot_learning_curve, plot_regret
 from trl_agents.tiny import make_tiny_model
 
 
+PLAYERS = ("random", "ucb", "thompson")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
 
 
@@ -49,6 +50,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     env_kwargs = training_args.env_kwargs or {}
     parser = ActionParser(script_args.action_pattern)
 
+    output_dir.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
     model = model_args.model_name_or_path
     if model is None:
         model = make_tiny_model(
@@ -60,6 +62,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             window=training_args.window,
             parser=parser,
             disable_tqdm=training_args.disable_tqdm,
+            use_cpu=training_args.use_cpu,
         )
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -79,9 +82,10 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
     # The same held-out episodes for everybody
     seeds = held_out_seeds(script_args.num_eval_episodes)
-    played = play_agents(script_args.env_id, ["random", "ucb", "thompson"], seeds, env_kwargs=env_kwargs)
+    played = play_agents(script_args.env_id, PLAYERS, seeds, env_kwargs=env_kwargs)
     played["before"] = trainer.play(seeds)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
     played["after"] = trainer.play(seeds)
     trainer.close_environments()
 
@@ -93,13 +97,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
         title = ", ".join(f"{name}={value}" for name, value in env_kwargs.items())
         plot_regret(played, output_dir / "regret.png", title)
-        references = {player: value for player, value in table["regret"].items() if player not in ("before", "after")}
+        references = {player: table["regret"][player] for player in PLAYERS}
         plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", references=references)
         for player in ("before", "after"):
             episodes = "\n\n".join(f"Episode {number}\n{episode}" for number, episode in enumerate(played[player][:8]))
             (output_dir / f"episodes_{player}.txt").write_text(episodes)
         print(markdown_table(table))
-    trainer.save_model(training_args.output_dir)
     trainer.create_model_card()
     if training_args.push_to_hub:
         trainer.push_to_hub()

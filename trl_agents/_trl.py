@@ -59,12 +59,13 @@ class RolloutRows:
     """
     What a rollout hands to TRL: training rows in place of prompts, the same number on every process.
 
-    `prompts`, `scores` and `extras` have one entry a row. A score of None keeps the row out of TRL's reward
+    `prompts`, `origins` (which of the batch's inputs a row comes from), `scores` and `extras` have one entry a row. A score of None keeps the row out of TRL's reward
     statistics.
     """
 
     rows: list[Row]
     prompts: list[Any]
+    origins: list[int]
     scores: list[float | None]
     extras: dict[str, list[Any]]
 
@@ -102,7 +103,12 @@ class RolloutGRPOTrainer(GRPOTrainer):
         self._rollout_rows = rollout
         kept_logs, self._logs = self._logs, _emptied(self._logs)
         try:
-            batch = super()._generate_and_score_completions([{"prompt": prompt} for prompt in rollout.prompts])
+            batch = super()._generate_and_score_completions(
+                [
+                    {**inputs[origin], "prompt": prompt}
+                    for origin, prompt in zip(rollout.origins, rollout.prompts, strict=True)
+                ]
+            )
         finally:
             row_logs, self._logs = self._logs, kept_logs
             self._rollout_rows = None

@@ -192,11 +192,14 @@ def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str,
 
 
 def cumulative_regret(trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """Sum of `max_a mu_a - mu_{a_t}` up to each step, `(n_episodes, n_steps)`."""
+    """Sum of `max_a mu_a - mu_{a_t}` up to each step, `(n_episodes, n_steps)`; NaN after the end of shorter episodes."""
     regrets = [
         [turn.info["regret"] for turn in trajectory.turns if "regret" in turn.info] for trajectory in trajectories
     ]
-    return np.cumsum(regrets, axis=1)
+    curves = np.full((len(regrets), max(map(len, regrets), default=0)), np.nan)
+    for curve, row in zip(curves, regrets, strict=True):
+        curve[: len(row)] = np.cumsum(row)
+    return curves
 
 
 def markdown_table(table: Mapping[str, Mapping[str, Interval]]) -> str:

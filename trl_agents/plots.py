@@ -23,7 +23,7 @@ def plot_regret(played: Mapping[str, Sequence[Trajectory]], path: str | Path, ti
 
     Args:
         played (`Mapping[str, Sequence[Trajectory]]`):
-            Episodes of each player, all of one length.
+            Episodes of each player. Where lengths differ, a step's mean is over the episodes that reach it.
         path (`str` or `Path`):
             PNG to write.
         title (`str`, *optional*):
@@ -33,8 +33,11 @@ def plot_regret(played: Mapping[str, Sequence[Trajectory]], path: str | Path, ti
     axes = figure.subplots()
     for (player, trajectories), colour in zip(played.items(), COLOURS * len(played), strict=False):
         curves = cumulative_regret([trajectory for trajectory in trajectories if not trajectory.stop.is_fault])
-        mean = curves.mean(0)
-        half = 1.96 * curves.std(0, ddof=1) / np.sqrt(len(curves)) if len(curves) > 1 else 0 * mean
+        if curves.size == 0:
+            continue
+        counts = (~np.isnan(curves)).sum(0)
+        mean = np.nanmean(curves, axis=0)
+        half = 1.96 * np.nanstd(curves, axis=0) / np.sqrt(counts)
         steps = np.arange(1, len(mean) + 1)
         axes.plot(steps, mean, label=f"{player} ({mean[-1]:.2f})", color=colour, linewidth=2)
         axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -147,13 +148,15 @@ def make_tiny_model(
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
     tokenizer = tiny_tokenizer(texts)
     model = tiny_model(tokenizer, seed=seed)
+    # Four episodes a step on any number of processes (at least one on each)
+    batch_size = max(4 // PartialState().num_processes, 1)
     # Loss on all tokens, not only the replies: reading an episode is what teaches the model to look things up in it
     defaults = {
         "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 20,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": max(n_transcripts // 4, 1),
         "max_length": None,
         "bf16": False,
         "gradient_checkpointing": False,

@@ -70,7 +70,7 @@ class AgentGRPOConfig(GRPOConfig):
             Number of different episodes to train on, when no `train_dataset` with a column `seed` is given. The paper
             trains on 512 instances.
         num_eval_seeds (`int`, *optional*, defaults to `64`):
-            Number of held-out episodes for evaluation during training.
+            Number of held-out seeds for evaluation during training; each is played `num_generations_eval` times.
         eval_temperature (`float`, *optional*):
             Sampling temperature of evaluation episodes, 0 for greedy decoding (the paper's). Defaults to
             `temperature`.
@@ -153,7 +153,9 @@ class AgentGRPOConfig(GRPOConfig):
     )
     num_eval_seeds: int = field(
         default=64,
-        metadata={"help": "Number of held-out episodes for evaluation during training."},
+        metadata={
+            "help": "Number of held-out seeds for evaluation during training, each played num_generations_eval times."
+        },
     )
     eval_temperature: float | None = field(
         default=None,

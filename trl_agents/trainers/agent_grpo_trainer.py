@@ -69,7 +69,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             Causal language model to train.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             With `env`, they add to the environment's reward: each scores a row (an episode with `context="chat"`, a
-            turn with `"window"`) and is credited to the row's last turn. Without, as in TRL.
+            turn with `"window"`) and is credited to the row's last turn. Beside TRL's arguments and the dataset's columns
+            they get `trajectory`, the [`~types.Trajectory`] of each row. Without, as in TRL.
         args ([`AgentGRPOConfig`], *optional*):
             Configuration for this trainer.
         train_dataset ([`~datasets.Dataset`], *optional*):
@@ -319,6 +320,11 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
+        if not lengths:
+            raise RuntimeError(
+                f"Every episode of the rollout was lost to a fault of the environment, so there is nothing to learn from."
+                f" On process {self.accelerator.process_index}: {faults[0]}"
+            )
         if faults:
             warnings.warn(
                 f"{len(faults)} of {len(trajectories)} episodes were lost to a fault of the environment and weigh "
@@ -352,6 +358,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         return RolloutRows(
             rows=rows,
             prompts=[[{"role": "user", "content": self._prompt_of(row, trajectories)}] for row in rows],
+            origins=[max(row.episode, 0) for row in rows],
             scores=scores,
             extras={
                 "environment_score": [0.0 if score is None else score for score in scores],

@@ -39,8 +39,11 @@ def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results:
     """
     env_kwargs = args.env_kwargs or {}
     model = args.hub_model_id or args.output_dir
-    call = f'play_model(model, tokenizer, "{env}", held_out_seeds(8), env_kwargs={env_kwargs!r}'
+    name = f'"{env}"' if "/" in env else env  # an id, or the class that was given
+    call = f"play_model(model, tokenizer, {name}, held_out_seeds(8), env_kwargs={env_kwargs!r}"
     call += f", max_new_tokens={args.max_completion_length}"
+    if args.eval_temperature is not None:
+        call += f", temperature={args.eval_temperature}"
     if args.context == "window":
         call += f', context="window", window={args.window}'
     code = f"""\

@@ -42,6 +42,11 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
             f"loss_type={args.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
             f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
         )
+    if args.mask_truncated_completions:
+        raise ValueError(
+            "mask_truncated_completions=True would drop an episode for its last reply alone. Use False with an "
+            "environment: a reply that ran out of tokens already costs `invalid_action_penalty`."
+        )
     if args.multi_objective_aggregation != "sum_then_normalize":
         raise ValueError(
             f"multi_objective_aggregation={args.multi_objective_aggregation!r} normalises each reward function "
