@@ -59,8 +59,8 @@ class RolloutRows:
     """
     What a rollout hands to TRL: training rows in place of prompts, the same number on every process.
 
-    `prompts`, `origins` (which of the batch's inputs a row comes from), `scores` and `extras` have one entry a row. A score of None keeps the row out of TRL's reward
-    statistics.
+    Each field has one entry a row. `origins` says which of the batch's inputs a row comes from. A score of None keeps
+    the row out of TRL's reward statistics.
     """
 
     rows: list[Row]

@@ -192,7 +192,7 @@ def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str,
 
 
 def cumulative_regret(trajectories: Sequence[Trajectory]) -> np.ndarray:
-    """Sum of `max_a mu_a - mu_{a_t}` up to each step, `(n_episodes, n_steps)`; NaN after the end of shorter episodes."""
+    """Sum of `max_a mu_a - mu_{a_t}` up to each step, `(n_episodes, n_steps)`; NaN after an episode's end."""
     regrets = [
         [turn.info["regret"] for turn in trajectory.turns if "regret" in turn.info] for trajectory in trajectories
     ]

@@ -69,8 +69,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             Causal language model to train.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             With `env`, they add to the environment's reward: each scores a row (an episode with `context="chat"`, a
-            turn with `"window"`) and is credited to the row's last turn. Beside TRL's arguments and the dataset's columns
-            they get `trajectory`, the [`~types.Trajectory`] of each row. Without, as in TRL.
+            turn with `"window"`) and is credited to the row's last turn. They get TRL's arguments, the dataset's
+            columns, and `trajectory`, the [`~types.Trajectory`] of each row. Without `env`, as in TRL.
         args ([`AgentGRPOConfig`], *optional*):
             Configuration for this trainer.
         train_dataset ([`~datasets.Dataset`], *optional*):
@@ -322,8 +322,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
         if not lengths:
             raise RuntimeError(
-                f"Every episode of the rollout was lost to a fault of the environment, so there is nothing to learn from."
-                f" On process {self.accelerator.process_index}: {faults[0]}"
+                "Every episode of the rollout was lost to a fault of the environment: there is nothing to learn from. "
+                f"On process {self.accelerator.process_index}: {faults[0]}"
             )
         if faults:
             warnings.warn(
