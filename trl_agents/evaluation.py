@@ -101,6 +101,11 @@ def held_out_seeds(n: int) -> range:
     return range(1_000_000_000, 1_000_000_000 + n)
 
 
+def validation_seeds(n: int) -> range:
+    """Seeds for evaluation during training, apart from [`held_out_seeds`]: checkpoints may be chosen by them."""
+    return range(750_000_000, 750_000_000 + n)
+
+
 def play_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -16,6 +16,9 @@ _CHOICES = {
     "invalid_action": INVALID_ACTION_CHOICES,
 }
 
+# Losses that divide by the number of tokens: rows that weigh nothing leave them as they are.
+TOKEN_LOSSES = ("dapo", "bnpo", "cispo", "vespo")
+
 
 @dataclass
 class AgentGRPOConfig(GRPOConfig):
@@ -194,4 +197,9 @@ class AgentGRPOConfig(GRPOConfig):
             raise ValueError(f"discount={self.discount!r} must lie between 0 and 1.")
         if self.context == "chat" and self.window is not None:
             raise ValueError(f"window={self.window} has no effect with context='chat': use context='window'.")
+        if self.context == "window" and self.loss_type not in TOKEN_LOSSES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
+                f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
+            )
         super().__post_init__()

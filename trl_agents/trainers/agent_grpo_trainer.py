@@ -22,7 +22,7 @@ from ..advantages import group_advantages, spread_over_tokens, turn_advantages
 from ..batch import Row, pad_turn_index, pad_turns, padding_row, rows_of
 from ..contexts import Briefing, make_context
 from ..envs.make import make_env
-from ..evaluation import held_out_seeds
+from ..evaluation import validation_seeds
 from ..returns import discounted_returns
 from ..rollout.generation import Backend, Sampling, SlotBackend, replay
 from ..rollout.metrics import combine_metrics, rollout_metrics
@@ -137,7 +137,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         if train_dataset is None:
             train_dataset = episode_dataset(range(args.num_train_seeds))
         if eval_dataset is None and args.eval_strategy != "no":
-            eval_dataset = episode_dataset(held_out_seeds(args.num_eval_seeds))
+            eval_dataset = episode_dataset(validation_seeds(args.num_eval_seeds))
         check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
         check_dataset(eval_dataset)
         self.briefing = self._probe(args, next(iter(train_dataset)))

@@ -8,10 +8,6 @@ from typing import Any
 from .agent_grpo_config import AgentGRPOConfig
 
 
-# Losses that divide by the number of tokens: rows that weigh nothing leave them as they are.
-TOKEN_LOSSES = ("dapo", "bnpo", "cispo")
-
-
 def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs: dict[str, Any]) -> None:
     """Raises `ValueError` for settings that an environment rules out. `kwargs` are the trainer's other arguments."""
     for name in ("rollout_func", "environment_factory", "tools"):
@@ -36,11 +32,6 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
         raise ValueError(
             f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
             "one was made in memory. Save it and pass the folder, or use beta=0.0."
-        )
-    if args.context == "window" and args.loss_type not in TOKEN_LOSSES:
-        raise ValueError(
-            f"loss_type={args.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
-            f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
         )
     if args.mask_truncated_completions:
         raise ValueError(
