@@ -177,16 +177,18 @@ def make_tiny_model(
 def plain_rationale(observation: str, action: str) -> str:
     """
     A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so, and
-    whether to keep it. It only puts into words what the player does, but gives training words to decide by.
+    whether to go on with it. It only puts into words what the player does, but gives training words to decide by.
 
-    Each word follows right after the one it depends on. What failed: "red gave 1: stay. ACTION=red" (the small model
-    wrote the word and the action independently of each other) and a colon after the reward (RLFT then raised "keep"
-    after every reward alike, for tens of updates).
+    What failed: "red gave 1: stay. ACTION=red" (the small model wrote the word and the action independently of each
+    other), a colon between reward and word, and the same two words after either reward (RLFT raised "keep" after every
+    reward alike and, in one run of two, stayed there). With words of their own for each reward, the warm-up itself
+    teaches the model to tell rewards apart.
     """
-    last = re.search(r"Action=(\S.*?) Reward=(\S+)", observation)
+    last = re.search(r"Action=(\S.*?) Reward=(-?\d\S*)", observation)
     if last is None:
         return f"try {action}."
-    return f"{last[1]} gave {last[2]} {'keep' if action == last[1] else 'try'} {action}."
+    words = ("keep", "explore") if float(last[2]) > 0 else ("retry", "switch")
+    return f"{last[1]} gave {last[2]} {words[0] if action == last[1] else words[1]} {action}."
 
 
 def play_transcripts(
