@@ -30,10 +30,10 @@ from trl_agents.tiny import play_transcripts, tiny_model, tiny_tokenizer
 
 @dataclass
 class Settings:
-    n_arms: int = field(default=3, metadata={"help": "Arms of the bandit."})
-    horizon: int = field(default=10, metadata={"help": "Steps of an episode (K)."})
-    warmup_steps: int = field(default=100, metadata={"help": "Steps of warm-up on a random player's episodes."})
-    num_updates: int = field(default=60, metadata={"help": "Rollouts, each followed by its optimizer steps."})
+    n_arms: int = field(default=5, metadata={"help": "Arms of the bandit."})
+    horizon: int = field(default=20, metadata={"help": "Steps of an episode (K)."})
+    warmup_steps: int = field(default=200, metadata={"help": "Steps of warm-up on a random player's episodes."})
+    num_updates: int = field(default=50, metadata={"help": "Rollouts, each followed by its optimizer steps."})
     num_prompts: int = field(default=4, metadata={"help": "Bandits in a rollout."})
     num_generations: int = field(default=8, metadata={"help": "Episodes on each bandit (G)."})
     num_minibatches: int = field(default=2, metadata={"help": "Optimizer steps on a rollout."})
@@ -56,7 +56,7 @@ class Episode:
     regret: float = 0.0
 
 
-def warm_up(model, tokenizer, conversations, steps: int, batch_size: int = 8, learning_rate: float = 3e-3) -> None:
+def warm_up(model, tokenizer, conversations, steps: int, batch_size: int = 4, learning_rate: float = 3e-3) -> None:
     """Cross-entropy on a random player's conversations: the form of a reply, and to read what the last one gave."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -164,7 +164,7 @@ def main(settings: Settings) -> list[float]:
         return make_env("trl_agents/Bandit-v0", **kwargs)
 
     # A model that can write replies. Any causal language model will do: from here on, nothing knows that it is tiny.
-    seeds = range(10**6, 10**6 + 8 * settings.warmup_steps)
+    seeds = range(10**6, 10**6 + 4 * settings.warmup_steps)
     conversations = play_transcripts(bandit, RandomAgent(repeat=0.5), seeds)["messages"]
     tokenizer = tiny_tokenizer("\n".join(message["content"] for message in row) for row in conversations[:200])
     model = tiny_model(tokenizer, seed=settings.seed)

@@ -404,6 +404,13 @@ def test_rollout_of_faults_only_trains_nothing(make_trainer):
     torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
 
 
+def test_an_environment_that_never_works_stops_training(make_trainer):
+    trainer = make_trainer(acts(*"xxxx"), env_kwargs={"actions": "abcx"}, max_steps=4)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="three rollouts in a row.*broke"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_an_episode_that_outgrows_the_context_trains_on(make_trainer):
     tokenizer = make_trainer().processing_class
     prompt = len(tokenizer.encode(OPENING.format("")))

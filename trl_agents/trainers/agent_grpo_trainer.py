@@ -162,6 +162,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
+        self.lost_rollouts = 0  # in a row, in which every episode was lost to a fault
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
 
     # -- checks, all before anything is loaded or written ------------------------------------------------------------
@@ -320,10 +321,11 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
-        if not lengths:
+        self.lost_rollouts = 0 if lengths else self.lost_rollouts + 1
+        if self.lost_rollouts == 3:
             raise RuntimeError(
-                "Every episode of the rollout was lost to a fault of the environment: there is nothing to learn from. "
-                f"On process {self.accelerator.process_index}: {faults[0]}"
+                "In three rollouts in a row every episode was lost to a fault of the environment: there is nothing to "
+                f"learn from. On process {self.accelerator.process_index}: {faults[0]}"
             )
         if faults:
             warnings.warn(
