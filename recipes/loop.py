@@ -199,10 +199,14 @@ def main(settings: Settings) -> list[float]:
             optimizer.step()
         schedule.step()
 
-        return_ = np.mean([sum(episode.rewards) for episode in episodes])
         regrets.append(np.mean([episode.regret for episode in episodes]).item())
+        return_ = np.mean([sum(episode.rewards) for episode in episodes])
         kl = ((old_logps - ref_logps) * mask).sum() / mask.sum()
-        bar.write(f"update {update + 1:3d}   return {return_:6.2f}   regret {regrets[-1]:5.2f}   KL {kl:5.3f}")
+        # Regret depends on the bandits drawn more than on the player: the mean of the last ten updates tells more
+        mean = np.mean(regrets[-10:])
+        bar.write(f"{update + 1:3d}  return {return_:6.2f}  regret {regrets[-1]:5.2f} (ten: {mean:.2f})  KL {kl:5.3f}")
+    by_chance = settings.horizon * (settings.n_arms / (settings.n_arms + 1) - 1 / 2)
+    print(f"Regret of the last ten updates: {mean:.2f}. A player by chance: {by_chance:.2f}.")
     return regrets
 
 

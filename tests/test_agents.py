@@ -10,13 +10,14 @@ from trl_agents.agents import (
     AGENTS,
     BanditAgent,
     GreedyAgent,
+    MinimaxAgent,
     RandomAgent,
     ThompsonAgent,
     UCBAgent,
     make_agent,
     play_episode,
 )
-from trl_agents.envs import Bandit
+from trl_agents.envs import Bandit, TicTacToe
 from trl_agents.types import StopReason
 
 
@@ -165,8 +166,8 @@ def assert_share(agent, action, expected, n=4000):
     assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / n))
 
 
-@pytest.mark.parametrize("name", AGENTS)
-class TestEveryAgent:
+@pytest.mark.parametrize("name", [name for name in AGENTS if name != "minimax"])
+class TestEveryBanditAgent:
     def test_plays_what_is_legal_now(self, name):
         episode = play_episode(Shrinking(), make_agent(name), seed=0)
         assert sorted(turn.executed for turn in episode.turns) == ["a", "b", "c", "d"]
@@ -186,6 +187,26 @@ class TestEveryAgent:
         lucky = {label: [env.reset(seed=9)] and [env.step(label)[1] for _ in range(50)] for label in env.labels}
         turns = play_episode(env, make_agent(name, env), seed=9).turns
         assert [turn.reward for turn in turns] == [lucky[turn.executed][step] for step, turn in enumerate(turns)]
+
+
+@pytest.mark.parametrize("fastest", [False, True])
+@pytest.mark.parametrize("seat", ["first", "second"])
+def test_minimax_never_loses(seat, fastest):
+    for opponent, returns in (("random", {0.0, 1.0}), ("optimal", {0.0})):
+        env = TicTacToe(opponent=opponent, seat=seat)
+        assert {play_episode(env, MinimaxAgent(fastest), seed=seed).return_ for seed in range(40)} <= returns
+
+
+def test_the_repeating_random_player_repeats():
+    env = Bandit(horizon=50)
+    agent, repeats = RandomAgent(repeat=0.5), 0
+    for seed in range(100):
+        played = [turn.executed for turn in play_episode(env, agent, seed=seed).turns]
+        repeats += sum(a == b for a, b in zip(played, played[1:], strict=False))
+    share = 0.5 + 0.5 / 5  # it also draws the same arm anew
+    assert repeats / 4900 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4900))
+    with pytest.raises(ValueError, match="repeat=1.5"):
+        RandomAgent(repeat=1.5)
 
 
 class TestPlayEpisode:

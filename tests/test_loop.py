@@ -77,6 +77,22 @@ def test_loss_and_gradients_equal_the_trainers(model_dir, tmp_path):
     torch.testing.assert_close(gradients, trainer_gradients, rtol=0, atol=1e-6)
 
 
+def test_a_short_run(capsys):
+    settings = loop.Settings(n_arms=2, horizon=3, warmup_steps=3, num_updates=2, num_prompts=2, num_generations=2)
+    regrets = loop.main(settings)
+    assert len(regrets) == 2 and all(0 <= regret <= 3 for regret in regrets)
+    # Random means on (0, 1): the best of two is 2/3 on average, a random arm 1/2
+    assert "A player by chance: 0.50." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_it_learns():
+    regrets = loop.main(loop.Settings())
+    chance = 20 * (5 / 6 - 1 / 2)
+    assert sum(regrets[:5]) / 5 > 0.75 * chance  # the warmed-up model plays by chance
+    assert sum(regrets[-20:]) / 20 < 0.75 * chance
+
+
 def test_settings_have_help(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["loop.py", "--help"])
     with pytest.raises(SystemExit) as stop:

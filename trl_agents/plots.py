@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .evaluation import Interval, cumulative_regret
 from .types import Trajectory
@@ -92,6 +93,7 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 
 def _finish(figure: Figure, axes, path: str | Path) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
