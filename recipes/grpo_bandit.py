@@ -50,7 +50,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     env_kwargs = training_args.env_kwargs or {}
     parser = ActionParser(script_args.action_pattern)
 
-    output_dir.mkdir(parents=True, exist_ok=True)  # find out now whether it can be written
+    # Find out now whether there is such an environment, and whether the folder can be written
+    make_env(script_args.env_id, **env_kwargs).close()
+    output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path
     if model is None:
         model = make_tiny_model(

@@ -91,18 +91,18 @@ def roll_out(model, tokenizer, envs, seeds, settings: Settings, round_: int) -> 
         while backend.busy:  # each step samples one token in every conversation that waits for one
             replies.update(backend.step())
         for slot, (env, episode, reader) in enumerate(zip(envs, episodes, readers, strict=True)):
-            reply = replies[slot].ids
+            reply = replies[slot]
             # Tokens are kept as they were sampled, never decoded and encoded again
-            episode.ids += [*reader.input_ids, *reply]
-            episode.turn_index += [-1] * len(reader.input_ids) + [turn] * len(reply)
-            action = parser.parse(context.decode(reply), env.labels).action
+            episode.ids += [*reader.input_ids, *reply.ids]
+            episode.turn_index += [-1] * len(reader.input_ids) + [turn] * len(reply.ids)
+            action = parser.parse(context.decode(reply.ids), env.labels, cut_off=reply.cut_off).action
             penalty = settings.invalid_action_penalty if action is None else 0.0
             if action is None:
                 action = env.labels[luck[slot].integers(len(env.labels))]
             observation, reward, _, _, info = env.step(action)
             episode.rewards.append(reward + penalty)  # r_k = r_env + r_valid, on the turn that earned it
             episode.regret += info["regret"]
-            reader.observe(reply, action, reward, observation, info)
+            reader.observe(reply.ids, action, reward, observation, info)
     return episodes
 
 

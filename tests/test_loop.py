@@ -88,9 +88,8 @@ def test_a_short_run(capsys):
 @pytest.mark.slow
 def test_it_learns():
     regrets = loop.main(loop.Settings())
-    chance = 20 * (5 / 6 - 1 / 2)
-    assert sum(regrets[:5]) / 5 > 0.75 * chance  # the warmed-up model plays by chance
-    assert sum(regrets[-20:]) / 20 < 0.75 * chance
+    by_chance = 20 * (5 / 6 - 1 / 2)
+    assert sum(regrets[-20:]) / 20 < 0.8 * by_chance  # 0.66 of it where this was written
 
 
 def test_settings_have_help(monkeypatch, capsys):
