@@ -85,6 +85,7 @@ def test_a_short_run(capsys):
     assert "A player by chance: 0.50." in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_it_learns():
     regrets = loop.main(loop.Settings())

@@ -40,6 +40,7 @@ def test_a_reply_too_short_for_the_call(benchmark, tmp_path):
         benchmark.main(f"--tokens 5 --hidden_size 64 --layers 1 --output_dir {tmp_path}".split())
 
 
+@pytest.mark.long  # its ratios need a machine that does nothing else
 @pytest.mark.slow
 def test_four_times_trl_and_flat(benchmark, tmp_path):
     threads = torch.get_num_threads()
