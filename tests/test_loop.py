@@ -90,7 +90,7 @@ def test_a_short_run(capsys):
 def test_it_learns():
     regrets = loop.main(loop.Settings())
     by_chance = 20 * (5 / 6 - 1 / 2)
-    assert sum(regrets[-20:]) / 20 < 0.8 * by_chance  # 0.66 of it where this was written
+    assert sum(regrets[-20:]) / 20 < 0.8 * by_chance  # 0.67 of it where this was written
 
 
 def test_settings_have_help(monkeypatch, capsys):

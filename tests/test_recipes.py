@@ -123,6 +123,7 @@ def test_the_card_runs_the_agent(short_run):
     assert result.stdout.count("Step=19") == 8
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_default_recipe_learns(tmp_path):
     """The main promise: regret from the random player's to below UCB's, within minutes."""
