@@ -105,14 +105,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights: 5 million with the default shape."""
+    """A Qwen3 with random weights."""
+    heads = hidden_size // 32
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=max(hidden_size // 32, 2),
-        num_key_value_heads=max(hidden_size // 128, 1),
+        num_attention_heads=heads,
+        num_key_value_heads=min(heads // 2, 2),
         head_dim=32,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
