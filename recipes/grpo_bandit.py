@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, make_env
+from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.evaluation import held_out_seeds, markdown_table, play_agents, summarize
 from trl_agents.plots import plot_learning_curve, plot_regret
 from trl_agents.tiny import make_tiny_model
@@ -50,8 +50,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     env_kwargs = training_args.env_kwargs or {}
     parser = ActionParser(script_args.action_pattern)
 
-    # Find out now whether there is such an environment, and whether the folder can be written
-    make_env(script_args.env_id, **env_kwargs).close()
+    # Find out now what the trainer would refuse after the warm-up, and whether the folder can be written
+    adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
+    check_run(script_args.env_id, training_args, parser, peft_config=adapters)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path
     if model is None:
@@ -66,8 +67,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             disable_tqdm=training_args.disable_tqdm,
             use_cpu=training_args.use_cpu,
         )
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
+        **source,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
@@ -77,9 +79,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         args=training_args,
         env=script_args.env_id,
         action_parser=parser,
-        processing_class=AutoTokenizer.from_pretrained(model, revision=model_args.model_revision, padding_side="left"),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left", **source),
+        quantization_config=quantization,
+        peft_config=adapters,
     )
 
     # The same held-out episodes for everybody

@@ -290,7 +290,7 @@ class TestChatMessages:
     def test_tictactoe_opens_with_the_board(self):
         env = TicTacToe()
         assert self.first(env) == (
-            f"{env.instructions}\nStep=0 State=000000000\nLegal actions: 0,1,2,3,4,5,6,7,8\n"
+            f"{env.instructions}\nLegal actions: 0,1,2,3,4,5,6,7,8\nStep=0 State=000000000\n"
             "What do you predict next?\n"
         )
 
@@ -328,17 +328,16 @@ class TestWindow:
         env = TicTacToe(opponent=lambda board, legal_actions, rng: legal_actions[0])
         first, second, third = window_texts(env, ["4", "8"])
         assert first == (
-            f"{env.instructions}\nSo far you have tried/seen:\nStep=0 State=000000000\n"
-            "Legal actions: 0,1,2,3,4,5,6,7,8\nWhat do you predict next?"
+            f"{env.instructions}\nSo far you have tried/seen:\nLegal actions: 0,1,2,3,4,5,6,7,8\nStep=0 State=000000000\nWhat do you predict next?"
         )
         assert second == (
             f"{env.instructions}\nSo far you have tried/seen:\nStep=0 State=000000000 Action=4 Reward=0\n"
-            "Step=1 State=200010000\nLegal actions: 1,2,3,5,6,7,8\nWhat do you predict next?"
+            "Legal actions: 1,2,3,5,6,7,8\nStep=1 State=200010000\nWhat do you predict next?"
         )
         assert third == (
             f"{env.instructions}\nSo far you have tried/seen:\nStep=0 State=000000000 Action=4 Reward=0\n"
             "Step=1 State=200010000 Action=8 Reward=0\n"
-            "Step=2 State=220010001\nLegal actions: 2,3,5,6,7\nWhat do you predict next?"
+            "Legal actions: 2,3,5,6,7\nStep=2 State=220010001\nWhat do you predict next?"
         )
 
     def test_the_last_lines_are_kept(self):

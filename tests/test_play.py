@@ -179,7 +179,7 @@ class TestTurns:
         assert text_of(trajectory.turns[2].input_ids) == (
             f"<|im_start|>user\n{factory().instructions}\nSo far you have tried/seen:\n"
             "Step=0 State=000000000 Action=4 Reward=0\nStep=1 State=200010000 Action=3 Reward=0\n"
-            "Step=2 State=220110000\nLegal actions: 2,5,6,7,8\nWhat do you predict next?<|im_end|>\n"
+            "Legal actions: 2,5,6,7,8\nStep=2 State=220110000\nWhat do you predict next?<|im_end|>\n"
             "<|im_start|>assistant\n"
         )
         assert trajectory.final_observation.endswith("Result=win State=220111000")

@@ -11,11 +11,14 @@ import pytest
 import yaml
 from trl import ModelConfig, TrlParser
 
-from trl_agents import AgentGRPOConfig
+from trl_agents import AgentGRPOConfig, AgentPPOConfig
 
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
+CONFIGS = {"grpo_bandit": AgentGRPOConfig, "ppo_tictactoe": AgentPPOConfig}
+OPPONENTS = ("random", "noisy", "optimal")
+SEATS = ("first", "second")
 PLAYERS = {"random", "ucb", "thompson", "before", "after"}
 
 
@@ -33,16 +36,20 @@ def run(script: str, *arguments: str, timeout: int = 300) -> subprocess.Complete
 
 
 def parse(module, config: Path, *arguments: str):
-    parser = TrlParser((module.ScriptArguments, AgentGRPOConfig, ModelConfig))
+    parser = TrlParser((module.ScriptArguments, CONFIGS[module.__name__], ModelConfig))
     # bf16 needs a GPU to be accepted on some machines; whether it is there is not what is tested
     return parser.parse_args_and_config(["--config", str(config), "--bf16", "false", *arguments])
 
 
-@pytest.mark.parametrize(
-    "config", sorted((RECIPES / "configs").glob("grpo_bandit_*.yaml")), ids=lambda path: path.stem
-)
+def configs_of(*names: str):
+    paths = [path for name in names for path in sorted((RECIPES / "configs").glob(f"{name}_*.yaml"))]
+    return pytest.mark.parametrize("config", paths, ids=[path.stem for path in paths])
+
+
+@configs_of("grpo_bandit", "ppo_tictactoe")
 def test_every_config_parses(config, tmp_path):
-    script_args, training_args, _ = parse(recipe("grpo_bandit"), config, "--output_dir", str(tmp_path))
+    name = next(name for name in CONFIGS if config.stem.startswith(name))
+    script_args, training_args, _ = parse(recipe(name), config, "--output_dir", str(tmp_path))
     given = yaml.safe_load(config.read_text())
     assert script_args.env_id == given["env_id"]
     assert training_args.env_kwargs == given["env_kwargs"]
@@ -134,3 +141,106 @@ def test_the_default_recipe_learns(tmp_path):
     assert regret["after"]["mean"] <= regret["ucb"]["mean"]
     assert regret["after"]["high"] < regret["before"]["low"]
     assert metrics["invalid_rate"]["after"]["mean"] < 0.02
+
+
+# -- ppo_tictactoe ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["random", "first", "self_play"])
+def short_games(request, tmp_path_factory):
+    """The recipe with everything small: seats by chance, a fixed seat, and against itself."""
+    output_dir = tmp_path_factory.mktemp(request.param)
+    small = ["--max_steps", 2, "--num_transcripts", 12, "--num_eval_episodes", 12, "--per_device_train_batch_size", 2]
+    small += ["--steps_per_generation", 2, "--output_dir", output_dir, "--disable_tqdm", "true"]
+    if request.param == "first":
+        small += ["--env_kwargs", '{"opponent": "noisy", "seat": "first"}', "--rationale", "none"]
+    if request.param == "self_play":
+        config = RECIPES / "configs" / "ppo_tictactoe_self_play.yaml"
+        small += ["--config", config, "--pool_every", 1, "--pool_size", 2]
+    result = run("ppo_tictactoe.py", *small)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return output_dir
+
+
+def test_metrics_of_games(short_games):
+    metrics = json.loads((short_games / "metrics.json").read_text())
+    assert set(metrics) == {"returns", "invalid_rate"}
+    assert set(metrics["returns"]) == set(metrics["invalid_rate"]) == {"random", "before", "after", "optimal"}
+    for player, opponents in metrics["returns"].items():
+        assert list(opponents) == list(OPPONENTS)
+        for opponent, seats in opponents.items():
+            assert set(seats) == set(SEATS), (player, opponent)
+            for score in seats.values():
+                assert set(score) == {"mean", "low", "high", "win", "draw", "loss"}
+                assert score["low"] <= score["mean"] <= score["high"]
+                assert score["win"] + score["draw"] + score["loss"] == pytest.approx(1)
+                assert score["win"] - score["loss"] == pytest.approx(score["mean"])
+    assert all(score["draw"] == 1 for score in metrics["returns"]["optimal"]["optimal"].values())
+    assert metrics["invalid_rate"]["random"]["mean"] == metrics["invalid_rate"]["optimal"]["mean"] == 0
+
+
+def test_pictures_and_drawn_games(short_games):
+    for name in ("returns.png", "outcomes.png", "learning_curve.png"):
+        data = (short_games / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    for player in ("before", "after"):
+        text = (short_games / f"games_{player}.txt").read_text()
+        assert text.count("Against ") == 12 and "----------    ----------" in text
+        assert text.count("moving first]") + text.count("moving second]") == 12
+
+
+@pytest.mark.parametrize("short_games", ["random", "self_play"], indirect=True)
+def test_the_card_plays_the_game(short_games):
+    card = (short_games / "README.md").read_text()
+    assert "| optimal, second |" in card and "returns.png" in card and "outcomes.png" in card
+    code = card.split("Let it play:")[1].split("```python\n")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("Result=") == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--env_id", "trl_agents/Bandit-v0", "--env_kwargs", "{}"], "'trl_agents/Bandit-v0' is not tic-tac-toe"),
+        (["--env_kwargs", '{"seat": "third"}'], "seat='third'"),
+        (["--self_play", "true"], "opponent='noisy' has no effect with self_play"),
+        (["--action_pattern", r"ACTION=([1-9])"], "No pattern can produce the legal action '0'"),
+    ],
+    ids=["another game", "the seat", "two opponents", "an unreachable action"],
+)
+def test_mistakes_in_the_game_are_told_first(tmp_path, arguments, said):
+    module = recipe("ppo_tictactoe")
+    settings = parse(module, module.DEFAULT_CONFIG, *arguments, "--output_dir", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=said):
+        module.main(*settings)
+    assert not (tmp_path / "out").exists(), "something was written before the error"
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_default_game_is_learnt(tmp_path):
+    """The main promise: from near the random player to +0.75 against it, and to -0.2 against the optimal one."""
+    result = run("ppo_tictactoe.py", "--output_dir", tmp_path, "--disable_tqdm", "true", timeout=5400)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    before, after = metrics["returns"]["before"], metrics["returns"]["after"]
+    assert before["random"]["first"]["mean"] < 0.55
+    assert after["random"]["first"]["mean"] >= 0.75
+    assert after["optimal"]["first"]["mean"] >= -0.2
+    assert after["optimal"]["second"]["mean"] > before["optimal"]["second"]["high"]
+    assert metrics["invalid_rate"]["after"]["mean"] < 0.02
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_self_play_learns_to_draw_with_the_optimal_player(tmp_path):
+    """It never met that player in training, and loses to it less than before."""
+    config = RECIPES / "configs" / "ppo_tictactoe_self_play.yaml"
+    result = run(
+        "ppo_tictactoe.py", "--config", config, "--output_dir", tmp_path, "--disable_tqdm", "true", timeout=5400
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    returns = json.loads((tmp_path / "metrics.json").read_text())["returns"]
+    for seat in SEATS:
+        assert returns["after"]["optimal"][seat]["low"] > returns["before"]["optimal"][seat]["high"]

@@ -199,12 +199,12 @@ def scripted(*moves):
 def test_text_of_digits():
     env = TicTacToe(opponent=scripted("0", "1", "5"))
     observation, info = env.reset(seed=0)
-    assert observation == "Step=0 State=000000000\nLegal actions: 0,1,2,3,4,5,6,7,8"
+    assert observation == "Legal actions: 0,1,2,3,4,5,6,7,8\nStep=0 State=000000000"
     assert info == {"legal_actions": list("012345678"), "state": "000000000", "board": "000000000", "seat": "first"}
 
     observation, reward, terminated, truncated, info = env.step("4")
     assert observation == (
-        "Step=0 State=000000000 Action=4 Reward=0\nStep=1 State=200010000\nLegal actions: 1,2,3,5,6,7,8"
+        "Step=0 State=000000000 Action=4 Reward=0\nLegal actions: 1,2,3,5,6,7,8\nStep=1 State=200010000"
     )
     assert (reward, terminated, truncated) == (0.0, False, False)
     assert info == {
@@ -246,7 +246,7 @@ def test_text_of_the_grid():
     drawn = "o |   |  \n----------\n  |   |  \n----------\n  |   | x"
     assert observation == (
         "Step=0 State=.../.../... Action=c3 Reward=0\n"
-        f"Step=1 State=o../.../..x\n{drawn}\nLegal actions: a2,a3,b1,b2,b3,c1,c2"
+        f"Legal actions: a2,a3,b1,b2,b3,c1,c2\nStep=1 State=o../.../..x\n{drawn}"
     )
     assert (info["state"], info["board"]) == ("o../.../..x", "200000001")
     assert render_board(info["state"]) == render_board(info["board"]) == drawn

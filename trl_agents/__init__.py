@@ -12,7 +12,12 @@ _EXPORTS = {
     "ActionParser": "actions",
     "AgentGRPOConfig": "trainers.agent_grpo_config",
     "AgentGRPOTrainer": "trainers.agent_grpo_trainer",
+    "AgentPPOConfig": "trainers.agent_ppo_config",
+    "AgentPPOTrainer": "trainers.agent_ppo_trainer",
+    "ModelOpponent": "self_play",
+    "OpponentPool": "self_play",
     "check_env": "envs",
+    "check_run": "trainers.checks",
     "make_env": "envs",
 }
 
@@ -21,8 +26,12 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from .actions import ActionParser
     from .envs import check_env, make_env
+    from .self_play import ModelOpponent, OpponentPool
     from .trainers.agent_grpo_config import AgentGRPOConfig
     from .trainers.agent_grpo_trainer import AgentGRPOTrainer
+    from .trainers.agent_ppo_config import AgentPPOConfig
+    from .trainers.agent_ppo_trainer import AgentPPOTrainer
+    from .trainers.checks import check_run
 
 register_environments()
 

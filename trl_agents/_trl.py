@@ -11,17 +11,18 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from .batch import Row, sum_by_episode
 from .rollout.generation import BatchBackend, Reply
@@ -34,6 +35,14 @@ SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 SEAM = {
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_save": ("self", "output_dir", "state_dict"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_best_model": ("self",),
+}
+# Likewise, of which only the first parameters are relied on.
+SEAM_PREFIXES = {
+    "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
 }
 
 __all__ = ["GRPOConfig", "RolloutGRPOTrainer", "RolloutRows", "SFTConfig", "SFTTrainer", "check_trl"]
@@ -44,9 +53,11 @@ def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__)
     install = f'Install it with `pip install "trl{SUPPORTED_TRL}"`.'
     if not SUPPORTED_TRL.contains(Version(version), prereleases=True):
         raise ImportError(f"trl-agents works with trl{SUPPORTED_TRL}, but trl {version} is installed. {install}")
-    for name, expected in SEAM.items():
+    for name, expected in {**SEAM, **SEAM_PREFIXES}.items():
         method = getattr(trainer_class, name, None)
         found = tuple(inspect.signature(method).parameters) if method is not None else None
+        if found is not None and name in SEAM_PREFIXES:
+            found = found[: len(expected)]
         if found != expected:
             raise ImportError(
                 f"trl {version} has moved `{trainer_class.__name__}.{name}`, which trl-agents builds on (expected the "
@@ -74,21 +85,43 @@ class RolloutGRPOTrainer(GRPOTrainer):
     """
     `GRPOTrainer` whose completions come from [`roll_out`] and whose advantages come from [`assign_credit`].
 
-    While `plays` is False it is `GRPOTrainer`, untouched.
+    While `plays` is False completions are TRL's, and while `has_critic` is False too, it is `GRPOTrainer`.
     """
 
     plays = False
+    has_critic = False
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
         """Play the episodes of `inputs` (this process's slice of the batch) and return the rows to train on."""
         raise NotImplementedError
 
-    def assign_credit(self, rollout: RolloutRows, extra_rewards: torch.Tensor, width: int) -> torch.Tensor:
+    def assign_credit(
+        self, rollout: RolloutRows | None, rewards: torch.Tensor, batch: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """
-        Advantages `(B, T)` of the rows' completion tokens, padded to `width`. `extra_rewards` `(B,)` is what the
-        user's own reward functions gave each row, weighted and summed.
+        What a scored batch lacks: `advantages` `(B, T)` of the completion tokens, and whatever else the loss reads,
+        with one entry a row.
+
+        Args:
+            rollout ([`RolloutRows`], *optional*):
+                What [`roll_out`] returned; None for TRL's own completions.
+            rewards (`torch.Tensor` of shape `(B,)`):
+                What the user's own reward functions gave each row, weighted and summed. NaN: none could say.
+            batch (`dict`):
+                TRL's batch: `completion_ids`, `completion_mask`, `old_per_token_logps` if computed, and so on.
         """
         raise NotImplementedError
+
+    def reading(self, width: int) -> AbstractContextManager:
+        """Open during every forward pass that scores `width` completion tokens: a critic reads along."""
+        return nullcontext()
+
+    def state_dict_to_save(self, output_dir: str, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What of the model's weights belongs into its own file."""
+        return state_dict
+
+    def load_beside(self, folder: str) -> None:
+        """Load what a checkpoint holds beside the model's weights."""
 
     def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]]:
         """TRL's completions table with a line an episode of all processes: prompt, completion, reward, advantage."""
@@ -97,32 +130,42 @@ class RolloutGRPOTrainer(GRPOTrainer):
     # -- what TRL calls ----------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        if not self.plays:
+        if not self.plays and not self.has_critic:
             return super()._generate_and_score_completions(inputs)
-        rollout = self.roll_out(inputs)
+        rollout = self.roll_out(inputs) if self.plays else None
+        batch = self._score(rollout, inputs) if self.plays else super()._generate_and_score_completions(inputs)
+        n_rows = len(batch["completion_ids"])
+        start = self.accelerator.process_index * n_rows
+        own = self._rewards_per_func[start : start + n_rows]
+        first = int(self.plays)  # the first reward function is then the environment's own, credited turn by turn
+        rewards = (own * self.reward_weights.to(own.device))[:, first:].nansum(dim=1)  # (B,)
+        if not self.plays:
+            rewards = rewards.masked_fill(own.isnan().all(dim=1), torch.nan)
+        for name, values in self.assign_credit(rollout, rewards, batch).items():
+            batch[name] = values.to(batch["completion_ids"].device)
+        if self.has_critic or n_rows != len(inputs):
+            # TRL compared rows that are neighbours, but these are no group
+            self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
+        if self.plays:
+            self._write_table(rollout, own, self._row_logs)
+        else:
+            self._correct_advantages(batch)
+        return batch
+
+    def _score(self, rollout: RolloutRows, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's batch of the rows, logged apart: its own tables have a line an episode."""
         self._rollout_rows = rollout
         kept_logs, self._logs = self._logs, _emptied(self._logs)
         try:
-            batch = super()._generate_and_score_completions(
+            return super()._generate_and_score_completions(
                 [
                     {**inputs[origin], "prompt": prompt}
                     for origin, prompt in zip(rollout.origins, rollout.prompts, strict=True)
                 ]
             )
         finally:
-            row_logs, self._logs = self._logs, kept_logs
+            self._row_logs, self._logs = self._logs, kept_logs
             self._rollout_rows = None
-        start = self.accelerator.process_index * len(rollout.rows)
-        own = self._rewards_per_func[start : start + len(rollout.rows)]
-        weights = self.reward_weights.to(own.device)
-        extra_rewards = (own[:, 1:] * weights[1:]).nansum(dim=1)  # (B,)
-        width = batch["completion_ids"].shape[1]
-        batch["advantages"] = self.assign_credit(rollout, extra_rewards, width).to(batch["completion_ids"].device)
-        if len(rollout.rows) != len(inputs):
-            # TRL compared rows that are neighbours, but an episode's rows are no group
-            self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
-        self._write_table(rollout, own, row_logs)
-        return batch
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -134,8 +177,58 @@ class RolloutGRPOTrainer(GRPOTrainer):
             weighs = torch.tensor([len(row.turns) > 0 for row in rollout.rows], device=rewards.device)
             rewards[~self.accelerator.gather(scored), 0] = torch.nan
             rewards[~self.accelerator.gather(weighs)] = torch.nan
-            self._rewards_per_func = rewards
+        self._rewards_per_func = rewards
         return rewards
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        ours = self.plays or self.has_critic
+        if not ours or self._is_vlm or not self._accepts_positions():
+            forward = model  # a model of images has several axes of positions, and works them out from these
+        else:
+            # Without positions a model counts the padding left of the prompt too, which those with absolute position
+            # embeddings do not forgive, and the rollout saw none
+            def forward(**inputs):
+                positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+                return model(position_ids=positions, **inputs)
+
+        with self.reading(logits_to_keep):
+            return super()._get_per_token_logps_and_entropies(
+                forward, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+
+    def _accepts_positions(self) -> bool:
+        return "position_ids" in inspect.signature(type(self.causal_lm).forward).parameters
+
+    def _prepare_inputs(self, generation_batch):
+        per_epoch, played = self.args.steps_per_generation, self._buffered_inputs
+        if self.has_critic and self.model.training and played is not None and "pixel_values" not in played[0]:
+            if self._step % per_epoch == 0 and self._step % (per_epoch * self.num_iterations) != 0:
+                self._buffered_inputs = _reshuffled(played)
+        return super()._prepare_inputs(generation_batch)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is None and self.has_critic:
+            state_dict = self.model.state_dict()
+        if state_dict is not None:
+            state_dict = self.state_dict_to_save(output_dir or self.args.output_dir, state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_beside(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self.load_beside(self.state.best_model_checkpoint)
+
+    def _correct_advantages(self, batch: dict[str, Any]) -> None:
+        """The mean of each row's advantages in the place of TRL's own in the table of completions."""
+        mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+        means = (batch["advantages"] * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        means = self.accelerator.gather(means).tolist()
+        kept = list(self._logs["advantages"])[: -len(means)]
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(kept + means)
 
     def _write_table(self, rollout: RolloutRows, own_rewards: torch.Tensor, row_logs: dict[str, Any]) -> None:
         table, logs = self.transcript_rows(rollout), self._logs
@@ -150,6 +243,28 @@ class RolloutGRPOTrainer(GRPOTrainer):
                 logs["extra"][name].extend(values)
 
     # -- what trainers may use ---------------------------------------------------------------------------------------
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal language model itself, without wrappers and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def score_batch(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Log-probabilities `(B, T)` of a batch's completion tokens under the policy as it is, without gradients."""
+        parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        extras = {name: batch[name] for name in parameters if name in batch}
+        training = self.model.training
+        with torch.no_grad():
+            logps, _, _ = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].shape[1],
+                self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
+                **extras,
+            )
+        return logps
 
     def rollout_output(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """The `rollout_func` given to TRL: the rows are played already, this hands them over."""
@@ -232,3 +347,12 @@ class RolloutGRPOTrainer(GRPOTrainer):
 def _emptied(logs: dict[str, Any]) -> dict[str, Any]:
     """Containers for any number of rows. TRL's own keep a generation batch's worth of episodes."""
     return {name: defaultdict(list) if isinstance(value, defaultdict) else [] for name, value in logs.items()}
+
+
+def _reshuffled(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows in another order and other batches: one more epoch over a rollout."""
+    whole = {
+        name: torch.cat([batch[name] for batch in batches]) if value.dim() > 0 else value
+        for name, value in batches[0].items()
+    }
+    return split_tensor_dict(shuffle_sequence_dict(whole), len(batches))

@@ -389,4 +389,5 @@ class ActionParser:
             "template": self.template,
             "timeout": None if self.timeout == 1.0 else self.timeout,
         }
-        return f"ActionParser({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+        return f"{type(self).__name__}({arguments})"

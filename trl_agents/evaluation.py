@@ -1,9 +1,10 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Players and models on the same seeds: returns, regret, coverage, invalid actions, each with its interval."""
+"""Players and models on the same seeds: returns, games, regret, coverage, invalid actions, each with its interval."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from .rollout.generation import Sampling, SlotBackend, replay
 from .rollout.metrics import coverage, regret
 from .rollout.play import Episode, Player, Rules
 from .rollout.workers import EnvPool
-from .types import Trajectory
+from .types import StopReason, Trajectory
 
 
 # What is measured of an episode, by the name it has in tables and `metrics.json`.
@@ -30,7 +31,11 @@ MEASURES: dict[str, Callable[[Trajectory], float | None]] = {
     "regret": regret,
     "coverage": coverage,
     "invalid_rate": lambda trajectory: _share(not turn.parsed.is_valid for turn in trajectory.turns),
+    "shortened": lambda trajectory: float(trajectory.stop in SHORTENED),
 }
+
+# Ends that neither the environment's rules nor its time limit brought about: steps of the episode were not played.
+SHORTENED = (StopReason.MAX_TURNS, StopReason.CONTEXT_FULL, StopReason.INVALID_ACTION)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,15 @@ class Interval:
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Score(Interval):
+    """The mean return of games with its interval, and the shares of games that were won, drawn and lost."""
+
+    win: float
+    draw: float
+    loss: float
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -96,6 +110,38 @@ def play_agents(
     return played
 
 
+def play_opponents(
+    play: Callable[[Callable[[], Any]], Sequence[Trajectory]],
+    env: str | Callable[..., Any],
+    opponents: Sequence[str],
+    *,
+    env_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, list[Trajectory]]:
+    """
+    Let somebody play against each opponent in both seats, in an environment with the arguments `opponent` and `seat`.
+
+    Instructions name the seat. With `seat="random"` among `env_kwargs` the games are of random seats, so that a model
+    that was trained so reads the words it knows; otherwise each game is played twice, once in either seat.
+
+    Args:
+        play (`Callable`):
+            Given the factory of an environment, plays games in it: `lambda env: trainer.play(seeds, env=env)`.
+        env (`str` or `Callable`):
+            Environment id, class or factory.
+        opponents (`Sequence[str]`):
+            Opponents as the environment calls them.
+        env_kwargs (`Mapping`, *optional*):
+            The other arguments of the environment.
+    """
+    seats = ("random",) if (env_kwargs or {}).get("seat") == "random" else ("first", "second")
+    played: dict[str, list[Trajectory]] = {opponent: [] for opponent in opponents}
+    for opponent, games in played.items():
+        for seat in seats:
+            kwargs = {**(env_kwargs or {}), "opponent": opponent, "seat": seat}
+            games += play(functools.partial(make_env, env, **kwargs))
+    return played
+
+
 def held_out_seeds(n: int) -> range:
     """Seeds for evaluation: far behind those of training, which count from 0."""
     return range(1_000_000_000, 1_000_000_000 + n)
@@ -116,6 +162,7 @@ def play_model(
     parser: ActionParser | None = None,
     context: str = "chat",
     window: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     n_slots: int = 32,
@@ -138,7 +185,7 @@ def play_model(
             Arguments of the environment.
         parser ([`ActionParser`], *optional*):
             Takes actions out of replies. Defaults to `ACTION=X`.
-        context, window (*optional*):
+        context, window, chat_template_kwargs (*optional*):
             What the model reads each turn, as in [`AgentGRPOConfig`].
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Token budget of one reply. A reply without a legal action is replaced by a random one.
@@ -172,7 +219,7 @@ def play_model(
     training = model.training
     model.eval()
     try:
-        reader = make_context(context, tokenizer, list(eos_token_ids), window=window)
+        reader = make_context(context, tokenizer, list(eos_token_ids), chat_template_kwargs, window)
         player = Player(pool, backend, reader, parser or ActionParser(), briefing, rules)
         episodes = [Episode(number, (seed,)) for number in seeds]
         return player.play(episodes, progress=progress, description="Model")[0]
@@ -185,6 +232,11 @@ def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str,
     """
     Table of measures: measure -> player -> [`Interval`]. Episodes whose environment failed are left out, measures that
     no episode has too.
+
+    An episode that was cut short (`max_turns`, a full context, an end by invalid actions) counts with the steps it
+    had: its regret is smaller than a whole one's, which flatters a player that fails early. To leave it out would
+    flatter too, as the episodes that went wrong would be gone. So `shortened` is the share of such episodes, and a
+    warning says it aloud: compare regrets, returns and coverage only of players for whom it is 0.
     """
     table: dict[str, dict[str, Interval]] = {}
     for measure, of in MEASURES.items():
@@ -193,6 +245,38 @@ def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str,
             values = [value for value in values if value is not None]
             if values:
                 table.setdefault(measure, {})[player] = interval(values)
+    shares = {player: value.mean for player, value in table.get("shortened", {}).items() if value.mean > 0}
+    if shares:
+        warnings.warn(
+            f"Episodes were cut short: {', '.join(f'{share:.1%} of {player!r}' for player, share in shares.items())}. "
+            "Their regret and return lack the steps that were not played, so these players are not comparable with "
+            "others. Give more room (a model with more positions, max_episode_length, max_turns), or use "
+            "invalid_action='random'.",
+            stacklevel=2,
+        )
+    return table
+
+
+def summarize_games(
+    played: Mapping[str, Mapping[str, Sequence[Trajectory]]],
+) -> dict[str, dict[str, dict[str, Score]]]:
+    """
+    Table of games: player -> opponent -> seat -> [`Score`], with the seat that `reset` told in each game.
+
+    Games whose environment failed are left out. One that was not played to its end counts as none of win, draw and
+    loss, and its return is what it had brought so far.
+    """
+    table: dict[str, dict[str, dict[str, Score]]] = {}
+    for player, opponents in played.items():
+        for opponent, games in opponents.items():
+            games = [game for game in games if not game.stop.is_fault]
+            for seat in sorted({game.reset_info["seat"] for game in games}):
+                own = [game for game in games if game.reset_info["seat"] == seat]
+                outcomes = [game.turns[-1].info.get("outcome") if game.turns else None for game in own]
+                mean = interval([game.return_ for game in own])
+                shares = {outcome: outcomes.count(outcome) / len(own) for outcome in ("win", "draw", "loss")}
+                score = Score(mean.mean, mean.low, mean.high, **shares)
+                table.setdefault(player, {}).setdefault(opponent, {})[seat] = score
     return table
 
 
@@ -207,14 +291,26 @@ def cumulative_regret(trajectories: Sequence[Trajectory]) -> np.ndarray:
     return curves
 
 
-def markdown_table(table: Mapping[str, Mapping[str, Interval]]) -> str:
-    """The summary for a model card or a terminal: a row a player, a column a measure, means with intervals."""
-    players = list(dict.fromkeys(player for row in table.values() for player in row))
-    lines = ["| player | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
-    for player in players:
-        cells = [str(row[player]) if player in row else "" for row in table.values()]
-        lines.append(f"| {player} | " + " | ".join(cells) + " |")
+def markdown_table(table: Mapping[str, Mapping[str, Interval]], corner: str = "player") -> str:
+    """
+    The summary for a model card or a terminal, means with intervals: a column a measure, a row a player. Of other
+    tables, a column a key, and a row a key of the values; `corner` says what the rows are.
+    """
+    names = list(dict.fromkeys(name for column in table.values() for name in column))
+    lines = [f"| {corner} | " + " | ".join(table) + " |", "|---" * (len(table) + 1) + "|"]
+    for name in names:
+        cells = [str(column[name]) if name in column else "" for column in table.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def markdown_games(table: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> str:
+    """The table of games likewise: a row an opponent and seat, a column a player, mean returns with intervals."""
+    rows = {
+        player: {f"{opponent}, {seat}": score for opponent, scores in row.items() for seat, score in scores.items()}
+        for player, row in table.items()
+    }
+    return markdown_table(rows, corner="opponent, our seat")
 
 
 def _share(flags) -> float | None:

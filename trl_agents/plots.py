@@ -1,5 +1,5 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""The pictures of a run: regret by step for all players, and the learning curve."""
+"""The pictures of a run: regret by step, returns and outcomes of games for all players, and the learning curve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .evaluation import Interval, cumulative_regret
+from .envs.tictactoe import render_board
+from .evaluation import Interval, Score, cumulative_regret
 from .types import Trajectory
 
 
@@ -45,6 +46,110 @@ def plot_regret(played: Mapping[str, Sequence[Trajectory]], path: str | Path, ti
     axes.set(xlabel="step", ylabel="cumulative regret", title=title, xlim=(1, None), ylim=(0, None))
     axes.legend(title="player (final regret)")
     _finish(figure, axes, path)
+
+
+def plot_returns(games: Mapping[str, Mapping[str, Mapping[str, Score]]], path: str | Path, title: str = "") -> None:
+    """
+    Mean return with its interval: a panel an opponent, a place a seat, a colour a player.
+
+    Args:
+        games (`Mapping`):
+            Player -> opponent -> seat -> [`Score`], as [`summarize_games`] gives it.
+        path (`str` or `Path`):
+            PNG to write.
+        title (`str`, *optional*):
+            What was played.
+    """
+    figure, panels, seats = _panels(games, title)
+    width = 0.8 / len(games)
+    for panel, opponent in panels:
+        for number, (player, colour) in enumerate(zip(games, COLOURS * len(games), strict=False)):
+            for place, seat in enumerate(seats):
+                score = games[player].get(opponent, {}).get(seat)
+                if score is None:
+                    continue
+                x = place + (number - (len(games) - 1) / 2) * width
+                error = [[score.mean - score.low], [score.high - score.mean]]
+                panel.bar(x, score.mean, 0.9 * width, color=colour, label=player if place == 0 else None)
+                panel.errorbar(x, score.mean, yerr=error, color="black", linewidth=1, capsize=2)
+                panel.annotate(
+                    f"{score.mean:.2f}",
+                    (x, score.high if score.mean >= 0 else score.low),
+                    (0, 3 if score.mean >= 0 else -3),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if score.mean >= 0 else "top",
+                    fontsize=7,
+                )
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set(title=f"against {opponent}", ylim=(-1.19, 1.19), xticks=range(len(seats)))
+        panel.set_xticklabels([f"moving {seat}" for seat in seats])
+    panels[0][0].set_ylabel("mean return")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(games))
+    figure.savefig(path, dpi=150)
+
+
+def plot_outcomes(games: Mapping[str, Mapping[str, Mapping[str, Score]]], path: str | Path, title: str = "") -> None:
+    """
+    Shares of games won, drawn and lost: a panel an opponent, a bar a player and seat.
+
+    Args:
+        games (`Mapping`):
+            Player -> opponent -> seat -> [`Score`], as [`summarize_games`] gives it.
+        path (`str` or `Path`):
+            PNG to write.
+        title (`str`, *optional*):
+            What was played.
+    """
+    figure, panels, seats = _panels(games, title)
+    labels = [f"{player}, {seat}" for seat in seats for player in games]
+    places = [place + (place // len(games)) * 0.6 for place in range(len(labels))]  # a gap between the seats
+    for panel, opponent in panels:
+        scores = [games[player].get(opponent, {}).get(seat) for seat in seats for player in games]
+        left = np.zeros(len(scores))
+        for outcome, colour in (("win", COLOURS[2]), ("draw", "#DDDDDD"), ("loss", COLOURS[3])):
+            shares = np.array([0.0 if score is None else getattr(score, outcome) for score in scores])
+            panel.barh(places, shares, 0.85, left=left, color=colour, label=outcome)
+            for place, start, share in zip(places, left, shares, strict=True):
+                if share >= 0.08:  # narrower ones have no room for their number
+                    panel.text(start + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8)
+            left += shares
+        panel.set(title=f"against {opponent}", xlim=(0, 1), xticks=(0, 0.5, 1), yticks=places)
+        panel.set_xticklabels(["0%", "50%", "100%"])
+        panel.set_yticklabels(labels)
+    panels[0][0].invert_yaxis()  # shared: the first seat on top
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def _panels(games: Mapping[str, Mapping[str, Mapping[str, Score]]], title: str):
+    """A figure with a panel for each opponent, and the seats that were played."""
+    opponents = list(dict.fromkeys(opponent for row in games.values() for opponent in row))
+    seats = sorted({seat for row in games.values() for scores in row.values() for seat in scores})
+    figure = Figure(figsize=(3.7 * len(opponents) + 0.6, 4), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    panels = figure.subplots(1, len(opponents), sharey=True, squeeze=False)[0]
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, list(zip(panels, opponents, strict=True)), seats
+
+
+def draw_game(game: Trajectory) -> str:
+    """
+    A game of tic-tac-toe as text: its boards side by side, each as the player found it and the last one as it ended,
+    and below them what the player wrote to each.
+    """
+    boards = [info["board"] for info in (game.reset_info, *(turn.info for turn in game.turns)) if "board" in info]
+    drawn = [render_board(board).splitlines() for board in boards]
+    lines = ["    ".join(f"{line:10}" for line in row).rstrip() for row in zip(*drawn, strict=True)]
+    for number, turn in enumerate(game.turns, start=1):
+        lines.append(f"{number}. {turn.text}")
+        if not turn.parsed.is_valid:
+            played = f"; {turn.executed} was played" if turn.executed is not None else ""
+            lines.append(f"   (invalid, {turn.parsed.reason.value}{played})")
+    end = game.turns[-1].info.get("outcome", game.stop.value) if game.turns else game.stop.value
+    return "\n".join([*lines, f"[{end}, moving {game.reset_info['seat']}]"])
 
 
 def plot_learning_curve(

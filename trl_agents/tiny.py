@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ._trl import SFTConfig, SFTTrainer
@@ -39,7 +39,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    texts: Iterable[str], vocab_size: int = 800, phrases: Iterable[str] = ()
+) -> PreTrainedTokenizerFast:
     """
     A byte-level BPE tokenizer trained on `texts`: what occurs often there becomes one token, anything else is spelled.
 
@@ -48,10 +50,17 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTok
             What the model will read and write.
         vocab_size (`int`, *optional*, defaults to `800`):
             Most tokens, at least 256 bytes + 3 special ones.
+        phrases (`Iterable[str]`, *optional*):
+            Texts that become one token each, beyond `vocab_size`: standing texts, in which a model made on the spot
+            has nothing to read word by word.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        # Digits in groups of up to three from the left, as in Llama 3: a board's rows become three tokens
+        [
+            pre_tokenizers.Split(Regex(r"[0-9]{1,3}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -63,6 +72,7 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = 800) -> PreTrainedTok
     # The template's own words too, so that a turn's frame is a few tokens and not a spelled-out word
     frames = ["user\n", "assistant\n"] * 100
     tokenizer.train_from_iterator([*texts, *frames], trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in dict.fromkeys(phrases)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -102,6 +112,32 @@ def tiny_model(
         return Qwen3ForCausalLM(config)
 
 
+def plain_rationale(observation: str, action: str) -> str:
+    """
+    A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so, and
+    whether to go on with it. It only puts into words what the player does, but gives training words to decide by.
+
+    What failed: "red gave 1: stay. ACTION=red" (the small model wrote the word and the action independently of each
+    other), a colon between reward and word, and the same two words after either reward (RLFT raised "keep" after every
+    reward alike and, in one run of two, stayed there). With words of their own for each reward, the warm-up itself
+    teaches the model to tell rewards apart.
+    """
+    last = re.search(r"Action=(\S.*?) Reward=(-?\d\S*)", observation)
+    if last is None:
+        return f"try {action}."
+    words = ("keep", "explore") if float(last[2]) > 0 else ("retry", "switch")
+    return f"{last[1]} gave {last[2]} {words[0] if action == last[1] else words[1]} {action}."
+
+
+def board_rationale(observation: str, action: str) -> str:
+    """
+    The board as it stands, copied from the observation: what a move depends on, close to where it is decided and at
+    the same distance every time. It tells nothing of the action.
+    """
+    states = re.findall(r"State=(\S+)", observation)
+    return f"Board {states[-1]}." if states else f"try {action}."
+
+
 def make_tiny_model(
     env: Any,
     output_dir: str | Path,
@@ -109,6 +145,7 @@ def make_tiny_model(
     n_transcripts: int = 800,
     seed: int = 0,
     agent: Agent | None = None,
+    rationale: Callable[[str, str], str] | None = plain_rationale,
     context: str = "chat",
     window: int | None = None,
     parser: ActionParser | None = None,
@@ -132,7 +169,7 @@ def make_tiny_model(
         agent ([`Agent`], *optional*):
             Whose episodes. Defaults to a random player that repeats itself half of the time, so that transcripts show
             both: going on and changing.
-        context, window, parser (*optional*):
+        rationale, context, window, parser (*optional*):
             As for [`play_transcripts`].
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to train without a progress bar.
@@ -144,9 +181,9 @@ def make_tiny_model(
     """
     seeds = range(TRANSCRIPT_SEEDS + seed * n_transcripts, TRANSCRIPT_SEEDS + (seed + 1) * n_transcripts)
     agent = agent or RandomAgent(repeat=0.5)
-    dataset = play_transcripts(env, agent, seeds, parser=parser, context=context, window=window)
+    dataset = play_transcripts(env, agent, seeds, parser=parser, rationale=rationale, context=context, window=window)
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
-    tokenizer = tiny_tokenizer(texts)
+    tokenizer = tiny_tokenizer(texts, phrases=_standing_lines(env))
     model = tiny_model(tokenizer, seed=seed)
     # Four episodes a step on any number of processes (at least one on each)
     batch_size = max(4 // PartialState().num_processes, 1)
@@ -174,23 +211,6 @@ def make_tiny_model(
     return str(output_dir)
 
 
-def plain_rationale(observation: str, action: str) -> str:
-    """
-    A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so, and
-    whether to go on with it. It only puts into words what the player does, but gives training words to decide by.
-
-    What failed: "red gave 1: stay. ACTION=red" (the small model wrote the word and the action independently of each
-    other), a colon between reward and word, and the same two words after either reward (RLFT raised "keep" after every
-    reward alike and, in one run of two, stayed there). With words of their own for each reward, the warm-up itself
-    teaches the model to tell rewards apart.
-    """
-    last = re.search(r"Action=(\S.*?) Reward=(-?\d\S*)", observation)
-    if last is None:
-        return f"try {action}."
-    words = ("keep", "explore") if float(last[2]) > 0 else ("retry", "switch")
-    return f"{last[1]} gave {last[2]} {words[0] if action == last[1] else words[1]} {action}."
-
-
 def play_transcripts(
     env: Any,
     agent: Agent,
@@ -205,8 +225,8 @@ def play_transcripts(
     Let a scripted player play, and write its episodes down as the conversations a model would have had.
 
     Args:
-        env (`str` or `Callable` or environment):
-            Environment id, factory or instance.
+        env (`str` or `Callable`):
+            Environment id, class or factory.
         agent ([`Agent`]):
             The player.
         seeds (`Sequence[int]`):
@@ -238,6 +258,15 @@ def play_transcripts(
             raise ValueError(f'context={context!r} is unknown: choose "chat" or "window".')
     env.close()
     return Dataset.from_dict({"messages": conversations})
+
+
+def _standing_lines(env: Any) -> list[str]:
+    """The long lines of an environment's instructions, which open every episode: most of a short one's tokens."""
+    made = make_env(env)
+    try:
+        return [line for line in made.unwrapped.instructions.splitlines() if len(line) >= 20]
+    finally:
+        made.close()
 
 
 def _reply(observation: str, action: str, parser: ActionParser, rationale: Callable | None) -> str:

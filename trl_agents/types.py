@@ -88,6 +88,7 @@ class Trajectory:
     stop: StopReason
     instructions: str = ""
     final_observation: str = ""
+    final_ids: tuple[int, ...] = ()  # tokens it would have gone on with, where it was truncated and they fit
     reset_info: Mapping[str, Any] = field(default_factory=dict)
     env_seconds: float = 0.0  # time the environment worked for this episode
     error: str | None = None  # the environment's exception, when `stop.is_fault`

@@ -178,8 +178,8 @@ class TicTacToe(gymnasium.Env[str, str]):
 
     ```text
     Step=0 State=000000000 Action=4 Reward=0
-    Step=1 State=200010000
     Legal actions: 1,2,3,5,6,7,8
+    Step=1 State=200010000
     ```
 
     `info` holds `legal_actions`, `board` (nine digits, the agent is "1"), `state` (the board as the text writes it in
@@ -325,7 +325,8 @@ class TicTacToe(gymnasium.Env[str, str]):
         if self.board == "grid":
             text += f"\n{render_board(board)}"
         if self.show_legal_actions:
-            text += f"\nLegal actions: {','.join(self._legal_actions(board))}"
+            # Before the state, so that the state stands at one distance from the reply however long the list is
+            text = f"Legal actions: {','.join(self._legal_actions(board))}\n{text}"
         return text
 
     def _answer(self, position: str) -> str:

@@ -207,11 +207,11 @@ class Player:
         turn = Turn(**live.pending, reward=reply.reward, info=reply.info)
         live.turns.append(turn)
         live.pending, live.retries = None, 0
-        if reply.terminated or reply.truncated:
-            return finish(reply.slot, StopReason.TERMINATED if reply.terminated else StopReason.TRUNCATED)
-        if self._out_of_turns(live):
-            return finish(reply.slot, StopReason.MAX_TURNS)
+        if reply.terminated:
+            return finish(reply.slot, StopReason.TERMINATED)
         live.reader.observe(turn.action_ids, turn.executed, turn.reward, reply.observation, reply.info)
+        if reply.truncated or self._out_of_turns(live):
+            return finish(reply.slot, StopReason.TRUNCATED if reply.truncated else StopReason.MAX_TURNS)
         self._submit(reply.slot, live, finish)
 
     def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
@@ -269,10 +269,10 @@ class Player:
         live.retries += 1
         if self.rules.invalid_action == "end" or live.retries > self.rules.max_retries:
             return finish(slot, StopReason.INVALID_ACTION)
-        if self._out_of_turns(live):
-            return finish(slot, StopReason.MAX_TURNS)
         live.observation = self._ask_again(legal_actions)
         live.reader.ask(reply.ids, live.observation)
+        if self._out_of_turns(live):
+            return finish(slot, StopReason.MAX_TURNS)
         self._submit(slot, live, finish)
 
     def _ask_again(self, legal_actions: list[str] | None) -> str:
@@ -284,6 +284,13 @@ class Player:
             form = ""
         return f"That is no legal action. Legal actions: {', '.join(legal_actions)}.{form}"
 
+    def _final_ids(self, live: _Live, stop: StopReason) -> tuple[int, ...]:
+        """What the next turn would have read: a critic's bootstrap is the value of that state."""
+        too_long = self.rules.max_length is not None and len(live.reader.prompt_ids) > self.rules.max_length
+        if stop.is_fault or stop.is_terminal or stop is StopReason.CONTEXT_FULL or too_long:
+            return ()
+        return tuple(live.reader.input_ids)
+
     def _trajectory(self, live: _Live, stop: StopReason, error: str | None) -> Trajectory:
         return Trajectory(
             seed=live.episode.seed,
@@ -291,6 +298,7 @@ class Player:
             stop=stop,
             instructions=live.reset_info.get("instructions", self.briefing.instructions),
             final_observation=live.observation,
+            final_ids=self._final_ids(live, stop),
             reset_info=live.reset_info,
             env_seconds=live.env_seconds,
             error=error,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,8 @@ class AgentGRPOConfig(GRPOConfig):
             episodes vary in length, pays or charges for each further turn), `"none"` leaves them.
         invalid_action (`str`, *optional*, defaults to `"random"`):
             What a reply without a legal action leads to: `"random"` plays a random legal action, `"retry"` asks again,
-            `"end"` ends the episode.
+            `"end"` ends the episode. A reply that was asked again is a turn of its own, so `"retry"` is no match for
+            `advantage_estimator="turn"`.
         invalid_action_penalty (`float`, *optional*, defaults to `-5.0`):
             Added to the reward of a turn without a legal action, after normalisation.
         max_retries (`int`, *optional*, defaults to `2`):
@@ -85,6 +87,8 @@ class AgentGRPOConfig(GRPOConfig):
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["env_kwargs"]
+
+    has_critic = False  # no setting: whether the baseline is a critic's, and not the mean over the group's episodes
 
     context: str = field(
         default="chat",
@@ -203,3 +207,11 @@ class AgentGRPOConfig(GRPOConfig):
                 f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
             )
         super().__post_init__()
+        if self.invalid_action == "retry" and self.advantage_estimator == "turn" and not self.has_critic:
+            warnings.warn(
+                "invalid_action='retry' with advantage_estimator='turn': turn k is compared with turn k of the "
+                "group's other episodes, but a reply that is asked again is a turn of its own and moves later ones "
+                "on. Turn k is then another step of the environment in one episode than in the next, even where both "
+                "have as many turns. Use advantage_estimator='group', or invalid_action='random'.",
+                stacklevel=3,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import textwrap
 import warnings
@@ -15,6 +16,8 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from gymnasium.wrappers.utils import RunningMeanStd
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .._trl import RolloutGRPOTrainer, RolloutRows, check_trl
 from ..actions import ActionParser
@@ -32,6 +35,22 @@ from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import card_section
 from .checks import check_dataset, check_settings
+
+
+# Beside a checkpoint's weights.
+MEMORY_FILE = "agent_state.json"
+
+
+class _Memorize(TrainerCallback):
+    """Writes the trainer's memory into each checkpoint."""
+
+    def __init__(self, trainer: AgentGRPOTrainer):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / MEMORY_FILE).write_text(json.dumps(self.trainer.memory(), indent=2), encoding="utf-8")
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -122,6 +141,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             if action_parser is not None:
                 raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+            self.add_callback(_Memorize(self))
             return
 
         if args is None:
@@ -156,6 +176,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
                 # is, and lets no gradient through them from then on
                 module.support_avx512bf16_for_cpu = False
+        self.add_callback(_Memorize(self))
         self.rollout_func = self.rollout_output
         self.reward_statistics = RunningMeanStd(epsilon=0)  # exact: nothing is assumed before the first rewards
         self.context = make_context(
@@ -214,36 +235,64 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             return self._play_episodes(episodes, self.temperature, "Rollout")
         return self._play_episodes(episodes, self._eval_temperature, "Evaluation")
 
-    def play(self, seeds: Sequence[int]) -> list[Trajectory]:
+    def play(self, seeds: Sequence[int], env: str | Callable[..., Any] | None = None) -> list[Trajectory]:
         """
         Let the model play one episode from each seed, as in evaluation: nothing is learnt and nothing logged.
 
         The seeds are shared out among the processes; every process gets all trajectories, in the order of the seeds.
+
+        Args:
+            seeds (`Sequence[int]`):
+                One episode each.
+            env (`str` or `Callable`, *optional*):
+                Environment id, class or factory to play in, without `args.env_kwargs`. Defaults to the one that is
+                trained in.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = list(seeds)[rank::world]
         episodes = [Episode(seed, (self.args.seed, 0, 0)) for seed in own]
-        played, _ = self._play_episodes(episodes, self._eval_temperature, "Evaluation")
+        if env is None:
+            played, _ = self._play_episodes(episodes, self._eval_temperature, "Evaluation")
+        else:
+            factory = functools.partial(make_env, env)
+            example = factory()
+            try:
+                briefing = Briefing.of(example)
+            finally:
+                example.close()
+            pool = EnvPool(factory, self._n_slots(len(episodes)), self.args.env_timeout)
+            try:
+                played, _ = self._play_in(pool, briefing, episodes, self._eval_temperature, "Evaluation")
+            finally:
+                pool.close()
         parts = gather_object([played])
         return [parts[number % world][number // world] for number in range(len(seeds))]
+
+    def _n_slots(self, n_episodes: int) -> int:
+        side_by_side = (
+            self.args.rollout_batch_size or self.args.per_device_train_batch_size * self.args.steps_per_generation
+        )
+        return max(min(side_by_side, n_episodes), 1)
 
     def _play_episodes(
         self, episodes: list[Episode], temperature: float, description: str
     ) -> tuple[list[Trajectory], Clock]:
-        side_by_side = (
-            self.args.rollout_batch_size or self.args.per_device_train_batch_size * self.args.steps_per_generation
-        )
-        n_slots = max(min(side_by_side, len(episodes)), 1)
+        n_slots = self._n_slots(len(episodes))
         if self.env_pool is None or len(self.env_pool.workers) != n_slots:
             self.close_environments()
             self.env_pool = EnvPool(self.env_factory, n_slots, self.args.env_timeout)
+        return self._play_in(self.env_pool, self.briefing, episodes, temperature, description)
+
+    def _play_in(
+        self, pool: EnvPool, briefing: Briefing, episodes: list[Episode], temperature: float, description: str
+    ) -> tuple[list[Trajectory], Clock]:
         with self.weights_for_rollout() as model:
             player = Player(
-                self.env_pool,
-                self._make_backend(model, n_slots, temperature),
+                pool,
+                self._make_backend(model, len(pool.workers), temperature),
                 self.context,
                 self.action_parser,
-                self.briefing,
+                briefing,
                 self._rules(model),
             )
             show = self.accelerator.is_main_process and not self.args.disable_tqdm
@@ -278,11 +327,40 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             max_retries=self.args.max_retries,
         )
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            self._remember(get_last_checkpoint(self.args.output_dir) if folder is True else folder)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.close_environments()
+
+    # -- what a resumed run must not have forgotten --------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights, optimizer and random states; JSON. Subclasses add their own."""
+        if not self.plays:
+            return {}
+        statistics = self.reward_statistics
+        return {"reward_statistics": [float(statistics.mean), float(statistics.var), float(statistics.count)]}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Take up a checkpoint's [`memory`]."""
+        if "reward_statistics" in memory and self.plays:
+            statistics = self.reward_statistics
+            mean, var, statistics.count = memory["reward_statistics"]
+            statistics.mean, statistics.var = np.float64(mean), np.float64(var)
+
+    def _remember(self, folder: str | None) -> None:
+        file = None if folder is None else Path(folder) / MEMORY_FILE
+        if file is not None and file.exists():
+            self.recall(json.loads(file.read_text(encoding="utf-8")))
+        elif folder is not None and self.plays:
+            warnings.warn(
+                f"{folder} has no {MEMORY_FILE}: reward statistics and coefficients that adapt start anew.",
+                stacklevel=3,
+            )
 
     def close_environments(self) -> None:
         """Close all environments; the next rollout makes new ones."""
@@ -313,11 +391,12 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         metrics = combine_metrics(self.accelerator.reduce(sums, reduction="sum").tolist())
         self.record_metrics(metrics)
         lengths = gather_object([len(trajectory.turns) for trajectory in trajectories if not trajectory.stop.is_fault])
-        if mode == "train" and self.args.advantage_estimator == "turn" and len(set(lengths)) > 1:
+        turn_by_turn = not self.has_critic and self.args.advantage_estimator == "turn"
+        if mode == "train" and turn_by_turn and len(set(lengths)) > 1:
             warnings.warn(
                 f"advantage_estimator='turn' compares turn k with turn k of the group's other episodes, but episodes "
                 f"have between {min(lengths)} and {max(lengths)} turns: the baseline is biased where the policy "
-                "decides when to stop. Use advantage_estimator='group', or a trainer with a value head.",
+                "decides when to stop. Use advantage_estimator='group', or AgentPPOTrainer.",
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
@@ -348,7 +427,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
 
     def _rows(self, trajectories: list[Trajectory], mode: str) -> RolloutRows:
         filler = self.text_tokenizer.pad_token_id
-        rows = [row for number, t in enumerate(trajectories) for row in rows_of(t, number, filler)]
+        rows = [row for number, t in enumerate(trajectories) for row in rows_of(t, number, filler, self.has_critic)]
         n_rows = max(gather_object([len(rows)]))
         # The number of rows must be the same on every process, and divide into TRL's groups and steps
         generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -382,12 +461,17 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
     def _prompt_of(self, row: Row, trajectories: list[Trajectory]) -> str:
         return trajectories[row.episode].instructions if row.episode >= 0 else ""
 
-    def assign_credit(self, rollout: RolloutRows, extra_rewards: torch.Tensor, width: int) -> torch.Tensor:
-        trajectories = self.trajectories
+    def add_to_turns(self, rollout: RolloutRows, rewards: torch.Tensor) -> list[list[float]]:
+        """`turn_rewards` plus what the user's reward functions gave each row `(B,)`, at the row's last turn."""
         turn_rewards = [list(rewards) for rewards in self.turn_rewards]
-        for row, extra in zip(rollout.rows, extra_rewards.tolist(), strict=True):
+        for row, reward in zip(rollout.rows, rewards.tolist(), strict=True):
             if row.turns:
-                turn_rewards[row.episode][row.turns[-1]] += extra
+                turn_rewards[row.episode][row.turns[-1]] += reward
+        return turn_rewards
+
+    def assign_credit(self, rollout, rewards, batch):
+        trajectories = self.trajectories
+        turn_rewards = self.add_to_turns(rollout, rewards)
         weighs = [not trajectory.stop.is_fault for trajectory in trajectories]
         rewards, mask = pad_turns(gather_object(turn_rewards))  # (N, K) of all processes
         valid = torch.tensor(gather_object(weighs))  # (N,)
@@ -403,7 +487,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         own = turn_values[start : start + len(trajectories)]
         self.turn_values = own
         episodes = torch.tensor([max(row.episode, 0) for row in rollout.rows])
-        return spread_over_tokens(own[episodes], pad_turn_index(rollout.rows, width))
+        index = pad_turn_index(rollout.rows, batch["completion_ids"].shape[1])  # (B, T)
+        return {"advantages": spread_over_tokens(own[episodes], index)}
 
     def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]]:
         # A number an episode for the eye: the mean over its turns

@@ -46,20 +46,36 @@ def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results:
         call += f", temperature={args.eval_temperature}"
     if args.context == "window":
         call += f', context="window", window={args.window}'
+    if args.chat_template_kwargs:
+        call += f", chat_template_kwargs={args.chat_template_kwargs!r}"
+    parser_import = ""
+    if parser != ActionParser():
+        parser_import = f"from {_home(type(parser))} import {type(parser).__name__}\n"
+        call += f", parser={parser!r}"
+    load = f'from_pretrained("{model}"' + (", trust_remote_code=True)" if args.trust_remote_code else ")")
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_agents.evaluation import held_out_seeds, play_model
+{parser_import}from trl_agents.evaluation import held_out_seeds, play_model
 
-model = AutoModelForCausalLM.from_pretrained("{model}")
-tokenizer = AutoTokenizer.from_pretrained("{model}")
+model = AutoModelForCausalLM.{load}
+tokenizer = AutoTokenizer.{load}
 for episode in {call}):
     print(episode, end="\\n\\n")
 """
     settings = [
-        ("environment", f"`{env}` {env_kwargs}"),
-        ("actions", f"`{parser!r}`"),
+        ("environment", f"`{env}` {_cell(env_kwargs)}"),
+        ("actions", f"`{_cell(parser)}`"),
         *((name, f"`{getattr(args, name)}`") for name in CARD_SETTINGS),
     ]
     table = "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
     achieved = f"\n## Results\n\n{results}\n" if results else ""
     return f"\n## The agent\n\n{table}\n\nLet it play:\n\n```python\n{code}```\n{achieved}"
+
+
+def _home(class_: type) -> str:
+    return "trl_agents" if class_ is ActionParser else class_.__module__
+
+
+def _cell(value: object) -> str:
+    """A value in a table of Markdown, where a bare `|` would begin the next column."""
+    return repr(value).replace("|", "\\|")

@@ -3,13 +3,55 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+from .._trl import check_trl
+from ..actions import ActionParser
+from ..contexts import Briefing
+from ..envs.make import make_env
 from .agent_grpo_config import AgentGRPOConfig
 
 
+def check_run(
+    env: str | Callable[..., Any], args: AgentGRPOConfig, action_parser: ActionParser | None = None, **kwargs: Any
+) -> None:
+    """
+    Raises now what would be raised when the trainer is made: for scripts that prepare for minutes before they have a
+    model. Nothing is loaded or written.
+
+    Args:
+        env (`str` or `Callable`):
+            Environment id, class or factory.
+        args ([`AgentGRPOConfig`]):
+            Configuration of the trainer.
+        action_parser ([`ActionParser`], *optional*):
+            What the trainer will be given.
+        **kwargs:
+            Other arguments that the trainer will be given (`reward_funcs`, `train_dataset`, `peft_config`, ...).
+    """
+    check_trl()
+    reward_funcs = kwargs.pop("reward_funcs", None) or []
+    check_settings(args, None, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], kwargs)
+    dataset = kwargs.get("train_dataset")
+    if dataset is None:
+        dataset = [{"seed": seed} for seed in range(args.num_train_seeds)]
+    check_dataset(dataset, args.generation_batch_size // args.num_generations)
+    check_environment(
+        functools.partial(make_env, env, **(args.env_kwargs or {})),
+        action_parser or ActionParser(),
+        args,
+        next(iter(dataset)),
+    )
+
+
 def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs: dict[str, Any]) -> None:
-    """Raises `ValueError` for settings that an environment rules out. `kwargs` are the trainer's other arguments."""
+    """
+    Raises `ValueError` for settings that an environment rules out. `kwargs` are the trainer's other arguments; a
+    `model` of None is one that is not there yet.
+    """
     for name in ("rollout_func", "environment_factory", "tools"):
         if kwargs.get(name):
             raise ValueError(f"`{name}` and `env` both say how completions are made: pass only one of them.")
@@ -28,7 +70,8 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
             "remove_unused_columns=True would remove the dataset's column 'seed'. Use False with an environment."
         )
     with_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
-    if args.beta != 0.0 and not with_adapter and not isinstance(model, str) and not model.config.name_or_path:
+    in_memory = not (model is None or isinstance(model, str) or model.config.name_or_path)
+    if args.beta != 0.0 and not with_adapter and in_memory:
         raise ValueError(
             f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
             "one was made in memory. Save it and pass the folder, or use beta=0.0."
@@ -54,6 +97,39 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
             f"repetition_penalty={args.repetition_penalty} would punish naming an action twice in an episode. Use "
             "1.0 with an environment."
         )
+    if args.loss_type == "dr_grpo" and args.max_turns != 1:
+        warnings.warn(
+            f"loss_type='dr_grpo' divides a row's loss by max_completion_length={args.max_completion_length}, the "
+            "budget of one reply, but a row holds all replies of an episode: loss and gradients are larger by as many "
+            "times as an episode has turns. Adam's steps do not depend on that, but gradients are clipped sooner: "
+            f"raise max_grad_norm={args.max_grad_norm} as many times, or use loss_type='dapo'.",
+            stacklevel=3,
+        )
+
+
+def check_environment(
+    factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
+) -> Briefing:
+    """Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
+    env = factory()
+    try:
+        _, info = env.reset(seed=row["seed"], options=row.get("options"))
+        if not isinstance(getattr(env, "instructions", None), str):
+            raise ValueError(
+                f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
+                "begins. Give it that attribute."
+            )
+        legal_actions = info.get("legal_actions")
+        if legal_actions:
+            parser.check_legal_actions(legal_actions)
+        elif args.invalid_action == "random":
+            raise ValueError(
+                "invalid_action='random' needs legal actions to choose from, but this environment's `reset` gives "
+                "no info['legal_actions']. Use invalid_action='retry' or 'end', or let the environment list them."
+            )
+        return Briefing.of(env)
+    finally:
+        env.close()
 
 
 def check_dataset(dataset: Any, at_least: int = 0) -> None:

@@ -1,0 +1,159 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+A language model learns to play tic-tac-toe: PPO with a value head, in the setting of "LLMs are Greedy Agents".
+
+    accelerate launch recipes/ppo_tictactoe.py                                        # minutes, on any computer
+    accelerate launch recipes/ppo_tictactoe.py --config recipes/configs/ppo_tictactoe_self_play.yaml
+
+Without --config it runs recipes/configs/ppo_tictactoe_tiny.yaml; without --model_name_or_path it makes a small model
+and warms it up on a random player's games. recipes/README.md says what to expect.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_agents import ActionParser, AgentPPOConfig, AgentPPOTrainer, OpponentPool, check_run, make_env
+from trl_agents.agents import RandomAgent
+from trl_agents.envs.tictactoe import TicTacToe
+from trl_agents.evaluation import (
+    held_out_seeds,
+    markdown_games,
+    play_agents,
+    play_opponents,
+    summarize,
+    summarize_games,
+)
+from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
+from trl_agents.tiny import board_rationale, make_tiny_model
+
+
+OPPONENTS = ("random", "noisy", "optimal")
+RATIONALES = {"board": board_rationale, "none": None}
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ppo_tictactoe_tiny.yaml"
+
+
+@dataclass
+class ScriptArguments:
+    """Arguments of the recipe."""
+
+    env_id: str = field(default="trl_agents/TicTacToe-v0", metadata={"help": "Id of the game."})
+    action_pattern: str | None = field(
+        default=None, metadata={"help": "Regular expression with one group that finds the action. Default: ACTION=X."}
+    )
+    num_eval_episodes: int = field(
+        default=400, metadata={"help": "Held-out games against each opponent, before and after training."}
+    )
+    num_transcripts: int = field(
+        default=800, metadata={"help": "Games of the random player that warm up the small model."}
+    )
+    rationale: str = field(
+        default="board",
+        metadata={"help": "What the random player writes before its moves.", "choices": list(RATIONALES)},
+    )
+    self_play: bool = field(default=False, metadata={"help": "Train against earlier versions of the policy itself."})
+    pool_size: int = field(default=8, metadata={"help": "With self_play, how many earlier versions are kept."})
+    pool_every: int = field(default=10, metadata={"help": "With self_play, updates between two of them."})
+    pool_latest: float = field(default=0.5, metadata={"help": "With self_play, how often the latest is met."})
+
+
+def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
+    output_dir = Path(training_args.output_dir)
+    env_id, env_kwargs = script_args.env_id, training_args.env_kwargs or {}
+    parser = ActionParser(script_args.action_pattern)
+
+    # Find out now what would be refused after the warm-up, and whether the folder can be written
+    adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
+    check_run(env_id, training_args, parser, peft_config=adapters)
+    game = make_env(env_id, **env_kwargs).unwrapped
+    if not isinstance(game, TicTacToe):
+        raise ValueError(f"env_id={env_id!r} is not tic-tac-toe, which is played here: use trl_agents/TicTacToe-v0.")
+    if script_args.self_play and "opponent" in env_kwargs:
+        raise ValueError(f"opponent={game.opponent!r} has no effect with self_play: leave it out of env_kwargs.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    model = model_args.model_name_or_path
+    if model is None:
+        model = make_tiny_model(
+            functools.partial(make_env, env_id, **env_kwargs),
+            output_dir / "warmup",
+            n_transcripts=script_args.num_transcripts,
+            seed=training_args.seed,
+            agent=RandomAgent(),
+            rationale=RATIONALES[script_args.rationale],
+            context=training_args.context,
+            window=training_args.window,
+            parser=parser,
+            disable_tqdm=training_args.disable_tqdm,
+            use_cpu=training_args.use_cpu,
+        )
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    training_args.model_init_kwargs = {
+        **source,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    pool = None
+    if script_args.self_play:
+        pool = OpponentPool(script_args.pool_size, script_args.pool_every, script_args.pool_latest, training_args.seed)
+    trainer = AgentPPOTrainer(
+        model,
+        args=training_args,
+        env=functools.partial(make_env, env_id, opponent=pool) if pool else env_id,
+        action_parser=parser,
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left", **source),
+        quantization_config=quantization,
+        peft_config=adapters,
+    )
+    if pool:
+        pool.bind(trainer)
+        trainer.env_name = env_id  # for the model card
+
+    # The same held-out games for everybody, against every opponent in both seats
+    seeds = held_out_seeds(script_args.num_eval_episodes)
+    meet_all = functools.partial(play_opponents, env=env_id, opponents=OPPONENTS, env_kwargs=env_kwargs)
+    played = {"random": meet_all(lambda env: play_agents(env, ["random"], seeds)["random"])}
+    played["before"] = meet_all(lambda env: trainer.play(seeds, env=env))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    played["after"] = meet_all(lambda env: trainer.play(seeds, env=env))
+    played["optimal"] = meet_all(lambda env: play_agents(env, ["minimax"], seeds)["minimax"])
+    trainer.close_environments()
+
+    returns = summarize_games(played)
+    invalid_rate = summarize({player: sum(games.values(), []) for player, games in played.items()})["invalid_rate"]
+    results = markdown_games(returns)
+    trainer.card_results = f"Returns in {len(seeds)} held-out games an opponent, mean [95% interval]:\n\n{results}\n\n"
+    trainer.card_results += "![Returns](returns.png)\n\n![Outcomes](outcomes.png)\n\n![Learning](learning_curve.png)"
+    if trainer.is_world_process_zero():
+        metrics = {"returns": returns, "invalid_rate": invalid_rate}
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, default=asdict))
+        plot_returns(returns, output_dir / "returns.png")
+        plot_outcomes(returns, output_dir / "outcomes.png")
+        curve = {"metric": "agents/return_mean", "label": "return per episode"}
+        if not script_args.self_play:  # then everybody met the opponent of training
+            own = {player: played[player][game.opponent] for player in ("random", "optimal")}
+            if game.seat != "random":
+                own = {player: [one for one in own[player] if one.reset_info["seat"] == game.seat] for player in own}
+            curve["references"] = summarize(own)["return"]
+        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", **curve)
+        for player in ("before", "after"):
+            samples = [(name, one) for name, games in played[player].items() for one in games[:4]]
+            drawn = "\n\n".join(f"Against {name}\n{draw_game(one)}" for name, one in samples)
+            (output_dir / f"games_{player}.txt").write_text(drawn)
+        print(results, f"Invalid replies: {invalid_rate['before']} before, {invalid_rate['after']} after.", sep="\n\n")
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        arguments += ["--config", str(DEFAULT_CONFIG)]
+    main(*TrlParser((ScriptArguments, AgentPPOConfig, ModelConfig)).parse_args_and_config(arguments))

@@ -1,0 +1,72 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What is said of settings before there is a model: `check_run`, and warnings of settings that go badly together."""
+
+import warnings
+
+import pytest
+from datasets import Dataset
+from scripted import Pay, make_config
+
+from trl_agents import ActionParser, AgentPPOConfig, check_run
+from trl_agents.envs import Bandit
+from trl_agents.trainers import checks
+
+
+MISTAKES = {
+    "unknown id": ("trl_agents/Bandid-v0", {}, {}, "Bandid-v0.*trl_agents/Bandit-v0"),
+    "environment's argument": (Bandit, {"env_kwargs": {"horizon": 0}}, {}, "horizon=0"),
+    "no legal actions": (Pay, {"env_kwargs": {"actions": ""}}, {}, "invalid_action='random' needs legal actions"),
+    "unreachable action": (Pay, {}, {"action_parser": ActionParser(r"ACTION=(\d)")}, "No pattern can produce"),
+    "setting": (Pay, {"repetition_penalty": 1.1}, {}, "repetition_penalty=1.1"),
+    "weights": (Pay, {"reward_weights": [1.0]}, {"reward_funcs": [len, len]}, "for 2 reward functions"),
+    "few seeds": (Pay, {"num_train_seeds": 1}, {}, "1 seeds to train on.*takes 2"),
+    "dataset": (Pay, {}, {"train_dataset": Dataset.from_dict({"prompt": ["?"] * 4})}, r"'seed'.*\['prompt'\]"),
+    "two rollouts": (Pay, {}, {"rollout_func": print}, "`rollout_func` and `env`"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_check_run_names_the_mistake(tmp_path, mistake):
+    env, settings, kwargs, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        check_run(env, make_config(tmp_path / "out", **settings), **kwargs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_run_lets_pass_what_trains(tmp_path):
+    check_run(Pay, make_config(tmp_path / "out", beta=0.1))  # the reference's model is not there yet
+    check_run("trl_agents/Bandit-v0", make_config(tmp_path / "out", reward_weights=[1.0]), reward_funcs=len)
+    assert not (tmp_path / "out").exists()
+
+
+def test_check_run_asks_for_the_installed_trl(monkeypatch, tmp_path):
+    def refuse():
+        raise ImportError("trl is too old")
+
+    monkeypatch.setattr(checks, "check_trl", refuse)
+    with pytest.raises(ImportError, match="too old"):
+        check_run(Pay, make_config(tmp_path))
+
+
+def test_dr_grpo_divides_by_one_reply(tmp_path):
+    with pytest.warns(UserWarning, match="max_completion_length=12.*max_grad_norm=1.0.*dapo"):
+        check_run(Pay, make_config(tmp_path, loss_type="dr_grpo"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check_run(Pay, make_config(tmp_path, loss_type="dr_grpo", max_turns=1))  # one reply a row: it is the budget
+        check_run(Pay, make_config(tmp_path))
+
+
+def test_retries_shift_the_turns_of_the_baseline(tmp_path):
+    with pytest.warns(UserWarning, match="'retry' with advantage_estimator='turn'.*'group'"):
+        make_config(tmp_path, invalid_action="retry")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_config(tmp_path, invalid_action="retry", advantage_estimator="group")
+        make_config(tmp_path, invalid_action="random")
+
+
+def test_retries_do_not_matter_to_a_critic(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_config(tmp_path, AgentPPOConfig, invalid_action="retry")

@@ -1,0 +1,494 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Opponents that are models, and past selves of the policy, with real (tiny) models throughout."""
+
+import functools
+import itertools
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from scripted import ScriptedBackend, make_config, save_tiny_model
+
+import trl_agents.self_play as self_play
+from trl_agents import AgentGRPOTrainer, ModelOpponent, OpponentPool, make_env
+from trl_agents.contexts import Briefing, make_context
+from trl_agents.envs.tictactoe import TicTacToe, swap_sides
+from trl_agents.rollout.generation import Sampling, SlotBackend
+from trl_agents.rollout.workers import EnvPool
+from trl_agents.self_play import copy_policy, thin_out
+from trl_agents.tiny import tiny_model, tiny_tokenizer
+from trl_agents.value_head import ValueHead
+
+
+GAME = "trl_agents/TicTacToe-v0"
+TEXTS = [TicTacToe().instructions, TicTacToe().describe("102010002"), *(f"ACTION={i}" for i in range(9))] * 5
+BOARDS = ["000000000", "100000000", "120000000", "121000000", "121200000", "121212000", "012000021", "210000000"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer(TEXTS, vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_model(tokenizer, hidden_size=32, num_hidden_layers=1)
+
+
+@pytest.fixture
+def opponent(model, tokenizer):
+    return ModelOpponent(model, tokenizer, TicTacToe(), max_new_tokens=8)
+
+
+def legal(board):
+    return [str(i) for i, mark in enumerate(board) if mark == "0"]
+
+
+def watched(opponent, fail_at=None, seconds=0.0):
+    """Lists the busy slots of each step of the opponent's backend."""
+    batches, make = [], opponent._make_backend
+
+    def wrap():
+        backend = make()
+        step = backend.step
+
+        def count():
+            batches.append([index for index, slot in enumerate(backend.slots) if slot.active])
+            time.sleep(seconds)
+            if len(batches) == fail_at:
+                raise FloatingPointError("planted")
+            return step()
+
+        backend.step = count
+        return backend
+
+    opponent._make_backend, opponent._backend = wrap, wrap()
+    return batches
+
+
+def ask_together(opponent, boards, timeout=20.0):
+    """One thread a board, all let go at once. Answers (or errors) in the order of the boards."""
+    answers, barrier = [None] * len(boards), threading.Barrier(len(boards))
+
+    def ask(number, board):
+        barrier.wait()
+        try:
+            answers[number] = opponent(board, legal(board), np.random.default_rng(number))
+        except Exception as error:
+            answers[number] = error
+
+    threads = [threading.Thread(target=ask, args=item, daemon=True) for item in enumerate(boards)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0.0))
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    return answers
+
+
+# -- one opponent -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ["chat", "window"])
+def test_reads_what_the_agent_reads(model, tokenizer, context):
+    seen = []
+    opponent = ModelOpponent(model, tokenizer, GAME, max_new_tokens=2, context=context)
+    submit = opponent._backend.submit
+    opponent._backend.submit = lambda slot, ids, *rest: (seen.append(ids), submit(slot, ids, *rest))
+    env = make_env(GAME, seat="first")
+    observation, info = env.reset(seed=0)
+    opponent(info["board"], info["legal_actions"], np.random.default_rng(0))
+    agent = make_context(context, tokenizer, [tokenizer.eos_token_id]).begin(Briefing.of(env), observation, info)
+    assert seen == [agent.prompt_ids]
+    # A later position: as the agent would be told it, from the opponent's side, and nothing of the moves before
+    board = swap_sides("120000000")
+    opponent(board, legal(board), np.random.default_rng(0))
+    text = tokenizer.decode(seen[1])
+    assert env.describe(board) in text and "State=000000000" not in text.replace(Briefing.of(env).instructions, "")
+
+
+def test_plays_what_the_model_says(model, tokenizer):
+    opponent = ModelOpponent(model, tokenizer, TicTacToe(), max_new_tokens=20)
+    opponent._backend = ScriptedBackend(tokenizer, [["ACTION=4"] * 33])
+    for seed in range(3):
+        assert opponent("000000000", legal("000000000"), np.random.default_rng(seed)) == "4"
+    assert (opponent.n_replies, opponent.n_invalid, opponent.invalid_rate) == (3, 0, 0.0)
+    # An occupied square is no legal action: any other, by the game's own luck
+    board = "000020000"
+    moves = {opponent(board, legal(board), np.random.default_rng(seed)) for seed in range(30)}
+    assert len(moves) > 3 and "4" not in moves
+    assert (opponent.n_replies, opponent.n_invalid) == (33, 30)
+
+
+def test_moves_depend_on_rng_alone(opponent, model, tokenizer):
+    alone = [opponent(board, legal(board), np.random.default_rng(n)) for n, board in enumerate(BOARDS)]
+    assert ask_together(opponent, BOARDS) == alone
+    small = ModelOpponent(model, tokenizer, GAME, max_new_tokens=8, n_slots=3)
+    assert ask_together(small, BOARDS) == alone
+    others = [opponent(board, legal(board), np.random.default_rng(n + 99)) for n, board in enumerate(BOARDS)]
+    assert others != alone
+
+
+def test_replies_come_out_of_rng(opponent, model, tokenizer):
+    # Random weights state no action, so the moves above are the luck's: here the sampled tokens themselves
+    def replies(seeds):
+        prompt_ids = opponent._read("000000000")
+        questions = [self_play._Question(prompt_ids, np.random.default_rng(seed)) for seed in seeds]
+        return [opponent._ask(question).ids for question in questions]
+
+    first = replies(range(4))
+    assert len(set(first)) == 4 and replies(range(4)) == first
+    backend = SlotBackend(model, 1, Sampling((tokenizer.eos_token_id,)))
+    backend.submit(0, opponent._read("000000000"), 8, np.random.default_rng(0))
+    while backend.busy:
+        done = backend.step()
+    assert done[0][1].ids == first[0]
+
+
+def test_questions_share_batches(opponent):
+    batches = watched(opponent)
+    ask_together(opponent, BOARDS)
+    # 8 questions of up to 8 tokens: one after the other they would take about 60 steps
+    assert max(map(len, batches)) >= 7 and len(batches) <= 24
+    assert sum(map(len, batches)) > 30
+
+
+def test_no_batch_is_larger_than_allowed(model, tokenizer):
+    opponent = ModelOpponent(model, tokenizer, GAME, max_new_tokens=4, n_slots=3)
+    batches = watched(opponent)
+    assert None not in ask_together(opponent, BOARDS)
+    assert max(map(len, batches)) == 3
+
+
+def test_a_single_caller_needs_nobody(opponent):
+    batches = watched(opponent)
+    started = time.monotonic()
+    assert opponent("000000000", legal("000000000"), np.random.default_rng(0)) in legal("000000000")
+    assert {len(batch) for batch in batches} == {1} and time.monotonic() - started < 5.0
+
+
+def test_latecomers_join_and_leaders_hand_over(opponent):
+    batches = watched(opponent, seconds=0.01)
+    answers = []
+
+    def ask(number):
+        time.sleep(0.02 * number)
+        for turn in range(3):
+            answers.append(opponent(BOARDS[number], legal(BOARDS[number]), np.random.default_rng([number, turn])))
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(answers) == 18 and not opponent._has_leader and not opponent._asked and not opponent._waiting
+    assert any(set(before) < set(after) for before, after in zip(batches, batches[1:], strict=False))
+
+
+def test_errors_reach_everybody_who_waits(model, tokenizer):
+    opponent = ModelOpponent(model, tokenizer, GAME, max_new_tokens=8, n_slots=5)  # some are in slots, some queue
+    watched(opponent, fail_at=2)
+    answers = ask_together(opponent, BOARDS)
+    assert sum(isinstance(answer, RuntimeError) for answer in answers) >= 5
+    for error in (answer for answer in answers if isinstance(answer, RuntimeError)):
+        assert "FloatingPointError: planted" in str(error) and isinstance(error.__cause__, FloatingPointError)
+    # and the next game is played
+    opponent.n_replies = 0
+    assert not any(isinstance(answer, Exception) for answer in ask_together(opponent, BOARDS))
+    assert opponent.n_replies == len(BOARDS)
+
+
+def test_a_board_that_is_none_fails_alone(opponent):
+    with pytest.raises(ValueError, match="not a board"):
+        opponent("1200", ["0"], np.random.default_rng(0))
+    assert opponent("000000000", legal("000000000"), np.random.default_rng(0))
+
+
+def play_games(opponent, seeds, n_slots):
+    """Random games against `opponent` through an [`EnvPool`]; each game's transitions."""
+    pool = EnvPool(functools.partial(make_env, GAME, opponent=opponent, seat="random"), n_slots)
+    games, running, seeds = {}, {}, list(seeds)
+    try:
+        while seeds or running:
+            for slot in range(n_slots):
+                if slot not in running and seeds:
+                    running[slot] = seeds.pop(0)
+                    games[running[slot]] = []
+                    pool.reset(slot, running[slot])
+            for reply in pool.collect(0.02, block=True):
+                assert reply.fault is None, reply.error
+                seed = running[reply.slot]
+                games[seed].append(reply.observation)
+                if reply.terminated:
+                    del running[reply.slot]
+                else:
+                    actions = reply.info["legal_actions"]
+                    luck = np.random.default_rng([seed, len(games[seed])])
+                    pool.step(reply.slot, actions[luck.integers(len(actions))])
+    finally:
+        pool.close()
+    return games
+
+
+def test_games_in_threads(model, tokenizer):
+    opponent = ModelOpponent(model, tokenizer, GAME, max_new_tokens=6)
+    batches = watched(opponent)
+    games = play_games(opponent, range(12), n_slots=6)
+    assert len(games) == 12 and all("Result=" in game[-1] for game in games.values())
+    assert max(map(len, batches)) >= 4 and opponent.n_replies > 24
+    assert 0.0 < opponent.invalid_rate <= 1.0
+    # One thread, one question at a time: the same games
+    assert play_games(opponent, range(12), n_slots=1) == games
+
+
+def test_weights_change_between_games_only(opponent):
+    watched(opponent, seconds=0.02)
+    asking = threading.Thread(
+        target=opponent, args=("000000000", legal("000000000"), np.random.default_rng(0)), daemon=True
+    )
+    asking.start()
+    while not opponent._asked:
+        time.sleep(0.001)
+    with opponent.changing_weights():
+        assert not opponent._asked and not opponent._has_leader
+    assert opponent._backend.slots[0].n_cached == 0  # nothing of the old weights is left
+    asking.join(5)
+
+
+def test_model_opponent_says_what_is_wrong(model, tokenizer):
+    with pytest.raises(ValueError, match=r"Bandit has no method `describe\(board\)`"):
+        ModelOpponent(model, tokenizer, "trl_agents/Bandit-v0")
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        ModelOpponent(model, tokenizer, GAME, max_new_tokens=0)
+    with pytest.raises(ValueError, match="context='scroll' is unknown"):
+        ModelOpponent(model, tokenizer, GAME, context="scroll")
+    short = tiny_model(tokenizer, 32, 1, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="tokens, as many as"):
+        ModelOpponent(short, tokenizer, GAME)("000000000", legal("000000000"), np.random.default_rng(0))
+
+
+# -- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_thin_out_by_hand():
+    assert thin_out([0, 10, 20], 3) == [0, 10, 20]
+    assert thin_out([0, 10, 20, 30], 3) == [0, 20, 30]  # both gaps are 20: the earlier goes
+    assert thin_out([0, 20, 30, 40], 3) == [0, 20, 40]  # 0..30 is 30 wide, 20..40 is 20
+    assert thin_out([30, 0, 10], 2) == [0, 30] and thin_out([0, 10], 1) == [10]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_pool_stays_spread(size):
+    kept = []
+    for step in range(0, 2000, 10):
+        kept = thin_out([*kept, step], size)
+        assert len(kept) == min(size, step // 10 + 1) and kept[-1] == step
+        assert size == 1 or kept[0] == 0
+        gaps = np.diff(kept)
+        assert size < 3 or len(gaps) == 0 or gaps.max() <= 4 * step / len(gaps)
+    assert len(set(kept)) == size
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"every": 0}, {"latest": 1.5}, {"latest": -0.1}])
+def test_pool_checks_its_settings(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name}={wrong[name]}"):
+        OpponentPool(**wrong)
+
+
+def test_an_unbound_pool_names_the_mend():
+    env = make_env(GAME, opponent=OpponentPool(), seat="first")
+    env.reset(seed=0)
+    with pytest.raises(RuntimeError, match=r"pool\.bind\(trainer\)"):
+        env.step("4")
+    # All that a trainer's constructor asks for
+    env = make_env(GAME, opponent=OpponentPool(), seat="second")
+    observation, info = env.reset(seed=0)
+    assert info["board"].count("2") == 1
+    with pytest.raises(RuntimeError, match=r"pool\.bind\(trainer\)"):
+        env.step(info["legal_actions"][0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"), TEXTS)
+
+
+def make_trainer(folder, output_dir, pool, bind=True, peft_config=None, **kwargs):
+    defaults = {
+        "advantage_estimator": "group",
+        "learning_rate": 1e-2,
+        "max_completion_length": 4,
+        "num_train_seeds": 8,
+        "temperature": 0.7,
+    }
+    trainer = AgentGRPOTrainer(
+        folder,
+        args=make_config(output_dir, **{**defaults, **kwargs}),
+        env=functools.partial(make_env, GAME, opponent=pool, seat="random"),
+        peft_config=peft_config,
+    )
+    if bind:
+        pool.bind(trainer)
+    return trainer
+
+
+def logits_of(model):
+    """A probe: logits after a fixed prompt."""
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(20)[None]).logits[0].float().clone()
+
+
+def same_states(left, right):
+    return left.keys() == right.keys() and all(
+        left[step].keys() == right[step].keys()
+        and all(torch.equal(left[step][name], right[step][name]) for name in left[step])
+        for step in left
+    )
+
+
+def test_a_snapshot_is_a_frozen_past_self(folder, tmp_path):
+    pool = OpponentPool(every=100, seed=3)
+    trainer = make_trainer(folder, tmp_path, pool, max_steps=2)
+    before = logits_of(trainer.model)
+    assert torch.equal(logits_of(pool.opponent.model), before)
+    assert pool.opponent._sampling.temperature == 0.7 and pool.opponent.max_new_tokens == 4
+    trainer.train()
+    assert pool.current == 0 and list(pool.snapshots) == [0]
+    assert not torch.allclose(logits_of(trainer.model), before, atol=1e-2), "the policy has not moved"
+    assert torch.equal(logits_of(pool.opponent.model), before)
+    logs = [log for log in trainer.state.log_history if "agents/opponent_age_mean" in log]
+    assert [log["agents/opponent_age_mean"] for log in logs] == [0.0, 1.0]
+    assert all(0.0 <= log["agents/opponent_invalid_rate"] <= 1.0 for log in logs)
+    assert not any(trajectory.stop.is_fault for trajectory in trainer.trajectories)
+
+
+def test_the_drawn_one_plays(folder, tmp_path):
+    pool = OpponentPool(size=3, every=1, latest=1.0)
+    trainer = make_trainer(folder, tmp_path, pool, max_steps=3)
+    trainer.train()
+    assert sorted(pool.snapshots) == [0, 2, 3] and pool.current == 2  # drawn when step 3 began
+    # Without checkpoints no file outlives its snapshot
+    files = {int(path.stem[len("step_") :]): load_file(path) for path in (tmp_path / "opponents").iterdir()}
+    assert same_states(files, pool.snapshots)
+    pool._draw(3)
+    assert pool.current == 3 and torch.equal(logits_of(pool.opponent.model), logits_of(trainer.model))
+    pool.latest = 0.0
+    drawn = []
+    for step in range(40):
+        pool._draw(step)
+        drawn.append(pool.current)
+        for name, parameter in pool.opponent.model.named_parameters():
+            assert torch.equal(parameter, pool.snapshots[pool.current][name])
+    assert set(drawn) == {0, 2, 3}
+    pool._draw(7)
+    assert pool.current == drawn[7]  # by the step alone
+
+
+def noted(pool):
+    """Writes down what the pool holds, and who plays, at the begin of each step."""
+    notes, begin = {}, pool.on_step_begin
+
+    def note(args, state, control, **kwargs):
+        begin(args, state, control, **kwargs)
+        notes[state.global_step] = pool.current, dict(pool.snapshots)
+
+    pool.on_step_begin = note
+    return notes
+
+
+def test_a_resumed_run_meets_the_same_pool(folder, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+
+    def run(max_steps, resume=None):
+        pool = OpponentPool(size=3, every=1, latest=0.3, seed=5)
+        notes = noted(pool)
+        make_trainer(folder, tmp_path, pool, max_steps=max_steps, **settings).train(resume_from_checkpoint=resume)
+        return notes
+
+    checkpoint, files = str(tmp_path / "checkpoint-3"), tmp_path / "opponents"
+    whole = run(5)
+    # What the checkpoints of the steps 3 and 5 need, and no more
+    assert {path.name for path in files.iterdir()} == {f"step_{step}.safetensors" for step in (0, 2, 3, 5)}
+    resumed = run(4, checkpoint)
+    assert list(resumed) == [3] and sorted(resumed[3][1]) == [0, 2, 3]
+    assert resumed[3][0] == whole[3][0] and same_states(resumed[3][1], whole[3][1])
+    # One that is gone is missed, and the run goes on
+    (files / "step_2.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"held the snapshots of the steps \[0, 2, 3\].* goes on with \[0, 3\]"):
+        assert sorted(run(4, checkpoint)[3][1]) == [0, 3]
+
+
+def test_a_pool_of_another_policy_is_refused(folder, tmp_path):
+    pool = OpponentPool()
+    make_trainer(folder, tmp_path, pool)
+    (tmp_path / "opponents").mkdir()
+    save_file({"lora_A": torch.zeros(1)}, tmp_path / "opponents" / "step_0.safetensors")
+    with pytest.raises(ValueError, match="holds other parameters than this policy trains, such as lora_A"):
+        pool._find(0)
+
+
+def test_bind_says_what_is_wrong(folder, tmp_path):
+    pool = OpponentPool()
+    trainer = make_trainer(folder, tmp_path, pool)
+    with pytest.raises(ValueError, match="bound to a trainer already"):
+        pool.bind(trainer)
+    trainer.plays = False
+    with pytest.raises(ValueError, match="has no `env` to play in"):
+        OpponentPool().bind(trainer)
+
+
+# -- what is copied ---------------------------------------------------------------------------------------------------
+
+
+def test_lora_shares_what_is_frozen(folder, tmp_path):
+    pool, steps = OpponentPool(every=1, latest=0.0), itertools.count()
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(folder, tmp_path, pool, max_steps=2, peft_config=config, gradient_checkpointing=True)
+    trainer.train()
+    own = dict(trainer.model.named_parameters())
+    copied = dict(pool.opponent.model.named_parameters())
+    assert own.keys() == copied.keys()
+    for name, parameter in own.items():
+        assert (copied[name] is parameter) == ("lora_" not in name), name
+        assert not copied[name].requires_grad and parameter.requires_grad == ("lora_" in name)
+    for weights in pool.snapshots.values():
+        assert weights and all("lora_" in name for name in weights)
+    while pool.current != 0:
+        pool._draw(next(steps))
+    # An adapter begins as none: the first past self is the model it was put on
+    first, present = logits_of(pool.opponent.model), logits_of(trainer.model)
+    with trainer.model.disable_adapter():
+        assert torch.equal(first, logits_of(trainer.model)) and not torch.allclose(first, present, atol=1e-3)
+
+
+def test_no_value_head_in_the_copy(tokenizer):
+    model = tiny_model(tokenizer, 32, 1)
+    head = ValueHead(32).attach(model)
+    copied = copy_policy(model)
+    assert not any("value_head" in name for name, _ in [*copied.named_parameters(), *copied.named_modules()])
+    assert not any("value_head" in name for name in self_play._trained_parameters(model))
+    with head.listen() as heard:
+        assert torch.equal(logits_of(copied), logits_of(model)) and len(heard) == 1  # the policy's own
+    assert model.value_head is head and copied.state_dict().keys() == {
+        name for name in model.state_dict() if "value_head" not in name
+    }
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight  # tied as before
+    assert copied.lm_head.weight is not model.lm_head.weight
+
+
+def test_a_copy_computes_with_its_own_weights(tokenizer):
+    # TRL gives a policy such a `forward`, which holds on to the model it was made for
+    model = tiny_model(tokenizer, 32, 1)
+    forward = model.forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: forward(*args, **kwargs), model)
+    copied, before = copy_policy(model), logits_of(model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2.0)
+    assert torch.equal(logits_of(copied), before) and not torch.equal(logits_of(model), before)

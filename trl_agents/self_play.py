@@ -1,0 +1,543 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Opponents that are language models, and the policy's own earlier selves (fictitious self-play with a pool of snapshots,
+as in https://huggingface.co/papers/1710.03748).
+
+Both are players as [`envs.tictactoe.TicTacToe`] takes them, `(board, legal_actions, rng) -> action`. Environments call
+them from threads of their own, many at a time; the model answers those calls together.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .actions import ActionParser
+from .contexts import Briefing, make_context
+from .envs.make import make_env
+from .rollout.generation import Backend, Reply, Sampling, SlotBackend, replay
+from .value_head import VALUE_HEAD_NAME
+
+
+if TYPE_CHECKING:
+    from .trainers.agent_grpo_trainer import AgentGRPOTrainer
+
+
+# How long an idle opponent waits for further questions, in seconds: environments that were asked for a step at the
+# same time ask their opponents within it.
+GATHER_SECONDS = 0.005
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    """What one thread waits for."""
+
+    prompt_ids: list[int]
+    rng: np.random.Generator
+    answer: Reply | BaseException | None = None
+
+
+class ModelOpponent:
+    """
+    A language model that plays the other side of a game.
+
+    It reads what the agent reads at the start of an episode: the environment's briefing with the position, described
+    as the environment describes it to the player to move, in the place of the first observation. A position tells all
+    there is to know of a game, so nothing is remembered from move to move. (The briefing is the agent's, its seat
+    included: with `seat="random"` it is true of both sides.) A reply without a legal action is replaced by a random
+    one and counted.
+
+    It may be called by any number of threads. Their questions are decoded side by side, at most `n_slots` at a time,
+    by whichever of the threads leads; a question that comes meanwhile joins at the next token. All luck is taken from
+    the caller's `rng`, so a move does not depend on which questions shared a batch, up to the rounding of matrix
+    products. (Models that [`SlotBackend`] cannot decode sample from torch's global generator instead.)
+
+    The keys and values of `n_slots` prompts are kept from question to question, which all begin alike.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model, put into evaluation mode. It must be a module of its own: the policy may decode or
+            train in another thread at the same time.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer. A copy is used.
+        env (`str` or `Callable` or environment):
+            The game, as id, factory or instance, with the board and instructions that the agent sees. It needs a
+            method `describe(board) -> str`; it is only read, never played.
+        action_parser ([`ActionParser`], *optional*):
+            Takes actions out of replies. Defaults to `ACTION=X`.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Sampling temperature, 0 for greedy decoding.
+        top_p, top_k, min_p (*optional*):
+            Truncations of the distribution, as in [`~transformers.GenerationConfig`]; off by default.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Token budget of one reply.
+        context (`str`, *optional*, defaults to `"chat"`):
+            `"chat"` or `"window"`, as in [`AgentGRPOConfig`].
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the chat template.
+        n_slots (`int`, *optional*, defaults to `32`):
+            Most questions in one batch.
+        autocast (`Callable`, *optional*):
+            Makes the context the model computes in, such as [`~accelerate.Accelerator.autocast`].
+
+    Attributes:
+        n_replies, n_invalid (`int`):
+            Replies so far, and those of them without a legal action.
+
+    Raises:
+        `ValueError`: in the constructor if the environment cannot describe a position or no token may be sampled.
+        `RuntimeError`: in every call whose generation failed, with the first error as its cause.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        env: str | Callable[..., Any] | Any,
+        *,
+        action_parser: ActionParser | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float | None = None,
+        max_new_tokens: int = 256,
+        context: str = "chat",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        n_slots: int = 32,
+        autocast: Callable[[], Any] = nullcontext,
+    ):
+        for name, value in (("max_new_tokens", max_new_tokens), ("n_slots", n_slots)):
+            if value < 1:
+                raise ValueError(f"{name}={value!r} leaves an opponent no room to answer: give a positive number.")
+        is_instance = not isinstance(env, (str, type)) and hasattr(env, "describe")
+        self.env = env if is_instance else make_env(env)
+        if not callable(getattr(self.env, "describe", None)):
+            raise ValueError(
+                f"The environment {type(getattr(self.env, 'unwrapped', self.env)).__name__} has no method "
+                "`describe(board)` to show a position to an opponent. Give it one, as `TicTacToe` has."
+            )
+        self.model = model.eval()
+        self.action_parser = action_parser or ActionParser()
+        self.max_new_tokens, self.n_slots = max_new_tokens, n_slots
+        self.n_replies = self.n_invalid = 0
+        self._autocast = autocast
+
+        eos = model.generation_config.eos_token_id
+        eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        self._sampling = Sampling(tuple(sorted(eos_token_ids)), temperature, top_p, top_k or 0, min_p)
+        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        # Tokenizers change their own settings while they encode, so no two threads may use one at the same time
+        self._context = make_context(context, copy.deepcopy(tokenizer), list(eos_token_ids), chat_template_kwargs)
+        self._reading = threading.Lock()
+        self._read = functools.lru_cache(maxsize=1024)(self._render)  # games share their openings
+
+        # All below is guarded by the condition's lock, which nobody holds while the model computes, but for a change
+        # of its weights
+        self._change = threading.Condition(threading.Lock())
+        self._waiting: deque[_Question] = deque()
+        self._asked: dict[int, _Question] = {}  # slot -> question
+        self._has_leader = False
+        self._backend: Backend = self._make_backend()
+
+    def __call__(self, board: str, legal_actions: list[str], rng: np.random.Generator) -> str:
+        with self._reading:
+            prompt_ids = self._read(board)
+        reply = self._ask(_Question(prompt_ids, rng))
+        with self._reading:
+            text = self._context.decode(reply.ids)
+        action = self.action_parser.parse(text, legal_actions, cut_off=reply.cut_off).action
+        with self._change:
+            self.n_replies += 1
+            self.n_invalid += action is None
+        return legal_actions[rng.integers(len(legal_actions))] if action is None else action
+
+    def __deepcopy__(self, memo: dict) -> ModelOpponent:
+        return self  # Gymnasium copies the arguments of an environment, and a model is not to be copied with them
+
+    @property
+    def invalid_rate(self) -> float:
+        """Share of replies without a legal action; NaN before the first reply."""
+        return self.n_invalid / self.n_replies if self.n_replies else float("nan")
+
+    @contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """
+        Hold questions back while the model's weights change. Waits for those that are being answered; afterwards what
+        was read with the old weights is forgotten, and replies are counted anew.
+        """
+        with self._change:
+            self._change.wait_for(lambda: not (self._waiting or self._asked or self._has_leader))
+            yield
+            self._backend = self._make_backend()
+            self.n_replies = self.n_invalid = 0
+
+    def _render(self, board: str) -> list[int]:
+        reader = self._context.begin(Briefing.of(self.env), self.env.describe(board), {})
+        if self._budget(reader.prompt_ids) < 1:
+            raise ValueError(
+                f"The instructions and the position take {len(reader.prompt_ids)} tokens, as many as the opponent's "
+                "model has positions. Use a model with more positions, or shorter instructions."
+            )
+        return reader.prompt_ids
+
+    def _budget(self, prompt_ids: list[int]) -> int:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self.max_new_tokens if positions is None else min(self.max_new_tokens, positions - len(prompt_ids))
+
+    def _make_backend(self) -> Backend:
+        with self._autocast():
+            if SlotBackend.unsupported(self.model) is None:
+                return SlotBackend(self.model, self.n_slots, self._sampling)
+        return replay(self.model, self._sampling, self._pad_token_id)
+
+    # -- many threads, one model -------------------------------------------------------------------------------------
+
+    def _ask(self, question: _Question) -> Reply:
+        """Wait for the answer to `question`, and lead the batch as long as nobody else does."""
+        with self._change:
+            self._waiting.append(question)
+            self._change.notify_all()
+            while question.answer is None:
+                if self._has_leader:
+                    self._change.wait()
+                    continue
+                self._has_leader = True
+                try:
+                    self._lead(question)
+                finally:  # those who wait must find a new leader among themselves
+                    self._has_leader = False
+                    self._change.notify_all()
+        if isinstance(question.answer, BaseException):
+            error = question.answer
+            raise RuntimeError(f"The opponent's model did not answer: {type(error).__name__}: {error}") from error
+        return question.answer
+
+    def _lead(self, own: _Question) -> None:
+        """Decode for everybody until `own` is answered. Holds the lock, but not while the model computes."""
+        if not self._asked:
+            self._change.wait_for(lambda: len(self._waiting) >= self.n_slots, GATHER_SECONDS)
+        try:
+            while own.answer is None:
+                free = (slot for slot in range(self.n_slots) if slot not in self._asked)
+                for slot, question in list(zip(free, self._waiting, strict=False)):
+                    self._asked[slot] = self._waiting.popleft()
+                    budget = self._budget(question.prompt_ids)
+                    self._backend.submit(slot, question.prompt_ids, budget, question.rng)
+                self._change.release()
+                try:
+                    replies = self._step()
+                finally:
+                    self._change.acquire()
+                for slot, reply in replies:
+                    self._asked.pop(slot).answer = reply
+                if replies:
+                    self._change.notify_all()
+        except BaseException as error:  # nobody may be left waiting for an answer that never comes
+            for question in (*self._asked.values(), *self._waiting):
+                question.answer = error
+            self._asked.clear()
+            self._waiting.clear()
+            self._backend = self._make_backend()
+            if not isinstance(error, Exception):
+                raise
+
+    def _step(self) -> list[tuple[int, Reply]]:
+        device = self.model.device
+        on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        # A thread starts with gradients on and on the first GPU, whatever the main thread has set
+        with torch.no_grad(), on_device, self._autocast():
+            return self._backend.step()
+
+
+class OpponentPool(TrainerCallback):
+    """
+    The policy's own earlier selves as opponents. Self-play against the present policy alone may go round in circles,
+    so each rollout is played against a snapshot from the pool.
+
+    A snapshot holds the parameters that are trained (with LoRA, the adapter), on the CPU. One is taken when training
+    begins and then every `every` optimizer steps; when there are more than `size`, the one goes whose neighbours in
+    time are closest to each other, so that the pool spans the training and always holds the first and the newest.
+    Before each optimizer step every process draws one of them for itself; rollouts and evaluations until the next meet
+    it. The drawn one plays as a second model beside the policy, which shares the policy's frozen parameters.
+
+    Snapshots are also files, `<output_dir>/opponents/step_<n>.safetensors`, kept as long as the checkpoints that need
+    them: a run resumed from one meets the same pool.
+
+    Metrics: `agents/opponent_age_mean`, the optimizer steps since the snapshot that games were played against, and
+    `agents/opponent_invalid_rate`, the share of its replies without a legal action.
+
+    Example:
+
+    ```python
+    >>> pool = OpponentPool()
+    >>> env = functools.partial(make_env, "trl_agents/TicTacToe-v0", opponent=pool, seat="random")
+    >>> trainer = AgentGRPOTrainer("Qwen/Qwen3-0.6B", env=env, args=args)
+    >>> pool.bind(trainer)
+    >>> trainer.train()
+    ```
+
+    Args:
+        size (`int`, *optional*, defaults to `8`):
+            Most snapshots that are kept.
+        every (`int`, *optional*, defaults to `10`):
+            Optimizer steps between two snapshots.
+        latest (`float`, *optional*, defaults to `0.5`):
+            Probability of drawing the newest; otherwise each is as likely, the newest among them.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds the draws.
+
+    Attributes:
+        snapshots (`dict[int, dict[str, torch.Tensor]]`):
+            The pool: optimizer step -> trained parameters by name.
+        current (`int`):
+            Step of the snapshot that plays.
+        opponent ([`ModelOpponent`]):
+            It plays with the weights of `current`; None before [`bind`].
+    """
+
+    def __init__(self, size: int = 8, every: int = 10, latest: float = 0.5, seed: int = 0):
+        for name, value in (("size", size), ("every", every)):
+            if value < 1:
+                raise ValueError(f"{name}={value!r}: give a number of at least 1.")
+        if not 0.0 <= latest <= 1.0:
+            raise ValueError(f"latest={latest!r} is a probability: give a number from 0 to 1.")
+        self.size, self.every, self.latest, self.seed = size, every, latest, seed
+        self.snapshots: dict[int, dict[str, torch.Tensor]] = {}
+        self.current = 0
+        self.opponent: ModelOpponent | None = None
+        self.trainer: AgentGRPOTrainer | None = None
+
+    def __call__(self, board: str, legal_actions: list[str], rng: np.random.Generator) -> str:
+        if self.opponent is not None:
+            return self.opponent(board, legal_actions, rng)
+        if set(board) == {"0"}:
+            # A trainer starts one episode in its constructor, to look at the environment before it loads the model;
+            # where the opponent moves first it asks for this one move. No game gets further than that.
+            return legal_actions[rng.integers(len(legal_actions))]
+        raise RuntimeError(
+            "This OpponentPool has no past self to play with yet. Call `pool.bind(trainer)` when the trainer is made, "
+            "before it plays."
+        )
+
+    def __deepcopy__(self, memo: dict) -> OpponentPool:
+        return self  # as ModelOpponent's: all environments play against this one
+
+    @property
+    def invalid_rate(self) -> float:
+        """Share of the opponent's replies without a legal action since it was drawn; NaN where there is none."""
+        return float("nan") if self.opponent is None else self.opponent.invalid_rate
+
+    def bind(self, trainer: AgentGRPOTrainer) -> None:
+        """
+        Take the past selves from `trainer`, and play as its policy does: same tokenizer, parser, sampling and context.
+        Every process of a distributed run must call this, before `trainer.train()`.
+        """
+        if self.trainer is not None:
+            raise ValueError("This OpponentPool is bound to a trainer already: make one pool for each trainer.")
+        if not getattr(trainer, "plays", False):
+            raise ValueError(f"This {type(trainer).__name__} has no `env` to play in: pass the game to the trainer.")
+        if trainer.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "OpponentPool cannot copy a model whose parameters FSDP shards. Use DDP or DeepSpeed ZeRO."
+            )
+        if trainer.args.cast_lm_head_to_fp32:
+            raise ValueError(
+                "cast_lm_head_to_fp32=True ties a forward pass to the policy's own weights, which a past self must "
+                "not use. Use False with OpponentPool."
+            )
+        self.trainer = trainer
+        trainer.add_callback(self)
+        self._open()
+        self._draw(0)
+
+    # -- what the trainer calls --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.snapshots = self._find(state.global_step) if state.global_step > 0 else {}
+        # The policy may have been moved, cast, or loaded from a checkpoint since the pool was bound
+        self._open(state.global_step)
+        self._draw(state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._draw(state.global_step)  # the only place between `bind` and the end: no game is on
+
+    def on_step_end(self, args, state, control, **kwargs):
+        played, invalid = self.opponent.n_replies, self.opponent.n_invalid
+        # `_draw` has set the counts to 0 at this step's begin, when there was one update less
+        age = state.global_step - 1 - self.current
+        accelerator = self.trainer.accelerator
+        sums = [float(played), float(invalid), float(played > 0), float(age * (played > 0))]
+        sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device), reduction="sum")
+        replies, invalid, processes, ages = sums.tolist()
+        if replies:  # a step may train on what an earlier one has played
+            self.trainer.record_metrics(
+                {"agents/opponent_age_mean": ages / processes, "agents/opponent_invalid_rate": invalid / replies}
+            )
+        if state.global_step % self.every == 0:
+            with self.trainer.weights_for_rollout() as model:  # a collective: all processes are here
+                self._keep(state.global_step, _trained_parameters(model))
+
+    def on_save(self, args, state, control, **kwargs):
+        self._remove_files()
+
+    # -- the pool ----------------------------------------------------------------------------------------------------
+
+    def _open(self, step: int | None = None) -> None:
+        """Make the model that plays, and the first snapshot where there is none; `step` says what to file it under."""
+        trainer = self.trainer
+        args = trainer.args
+        empty = any(gather_object([not self.snapshots]))
+        with trainer.weights_for_rollout() as model:
+            self.opponent = ModelOpponent(
+                copy_policy(model),
+                trainer.text_tokenizer,
+                trainer.env_factory,
+                action_parser=trainer.action_parser,
+                temperature=trainer.temperature,
+                top_p=trainer.top_p,
+                top_k=trainer.top_k,
+                min_p=trainer.min_p,
+                max_new_tokens=args.max_completion_length,
+                context=args.context,
+                chat_template_kwargs=args.chat_template_kwargs,
+                n_slots=args.rollout_batch_size or args.per_device_train_batch_size * args.steps_per_generation,
+                autocast=trainer.accelerator.autocast,
+            )
+            if empty:
+                self._keep(step or 0, _trained_parameters(model), write=step is not None)
+
+    def _draw(self, step: int) -> None:
+        """Let another past self play. The draw depends on the step and the process alone, so resuming repeats it."""
+        rng = np.random.default_rng([self.seed, step, self.trainer.accelerator.process_index])
+        steps = sorted(self.snapshots)
+        newest = rng.random() < self.latest
+        self.current = steps[-1] if newest else steps[rng.integers(len(steps))]
+        weights = self.snapshots[self.current]
+        with self.opponent.changing_weights(), torch.no_grad():
+            for name, parameter in self.opponent.model.named_parameters():
+                if name in weights:
+                    parameter.copy_(weights[name])
+
+    def _keep(self, step: int, weights: dict[str, torch.Tensor], write: bool = True) -> None:
+        self.snapshots[step] = weights
+        self.snapshots = {kept: self.snapshots[kept] for kept in thin_out(self.snapshots, self.size)}
+        args = self.trainer.args
+        if write and args.should_save:
+            path = self._file(step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".tmp")
+            save_file(weights, str(unfinished), metadata={"format": "pt"})
+            os.replace(unfinished, path)  # a run that is killed leaves no half of a file behind
+            if args.save_strategy == "no":  # `on_save` will not be called
+                self._remove_files()
+
+    def _find(self, step: int) -> dict[int, dict[str, torch.Tensor]]:
+        """The pool as it was after `step` optimizer steps, from its files."""
+        names = {n for n, p in self.opponent.model.named_parameters() if n in next(iter(self.snapshots.values()))}
+        expected = self._plan(step)
+        files = [int(path.stem.removeprefix("step_")) for path in self._file(0).parent.glob("step_*.safetensors")]
+        steps = [taken for taken in expected if taken in files]
+        if steps != expected:  # another `size` or `every`, or files that are gone
+            steps = thin_out([taken for taken in files if taken <= step], self.size)
+            warnings.warn(
+                f"The pool after step {step} held the snapshots of the steps {expected}, but {self._file(0).parent} "
+                f"does not have them all. The run goes on with {steps or 'the present policy alone'}.",
+                stacklevel=2,
+            )
+        found = {taken: load_file(str(self._file(taken))) for taken in steps}
+        for taken, weights in found.items():
+            if weights.keys() != names:
+                raise ValueError(
+                    f"{self._file(taken)} holds other parameters than this policy trains, such as "
+                    f"{min(weights.keys() ^ names)}. Resume with the settings of the run that wrote it, or remove "
+                    f"{self._file(taken).parent}."
+                )
+        return found
+
+    def _file(self, step: int) -> Path:
+        return Path(self.trainer.args.output_dir) / "opponents" / f"step_{step}.safetensors"
+
+    def _plan(self, step: int) -> list[int]:
+        """Which snapshots the pool holds after `step` optimizer steps."""
+        kept: list[int] = []
+        for taken in range(0, step + 1, self.every):
+            kept = thin_out([*kept, taken], self.size)
+        return kept
+
+    def _remove_files(self) -> None:
+        if not self.trainer.args.should_save:
+            return
+        needed = set(self.snapshots)
+        for folder in Path(self.trainer.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if folder.name.rpartition("-")[2].isdecimal():
+                needed.update(self._plan(int(folder.name.rpartition("-")[2])))
+        kept = {self._file(step) for step in needed}
+        for path in self._file(0).parent.glob("step_*.safetensors"):
+            if path not in kept:
+                path.unlink()
+
+
+def thin_out(steps, size: int) -> list[int]:
+    """
+    At most `size` of `steps`, in order and spread: as long as there are too many, the one goes whose neighbours are
+    closest to each other (the earliest of several). The first and the last stay; of one, the last.
+    """
+    kept = sorted(steps)
+    while len(kept) > max(size, 2):
+        gaps = [after - before for before, after in zip(kept, kept[2:], strict=False)]
+        del kept[1 + gaps.index(min(gaps))]
+    return kept[-size:]
+
+
+def copy_policy(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    A copy of `model` for another thread to decode with. Trained parameters are copied, frozen ones are shared, a value
+    head and its hooks are left out. No gradient is ever needed of it.
+    """
+    memo: dict[int, Any] = {id(frozen): frozen for frozen in model.parameters() if not frozen.requires_grad}
+    stand_in = nn.Identity()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == VALUE_HEAD_NAME:
+            memo[id(module)] = stand_in
+    copied = copy.deepcopy(model, memo)
+    for module in list(copied.modules()):
+        if getattr(module, VALUE_HEAD_NAME, None) is stand_in:
+            delattr(module, VALUE_HEAD_NAME)
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is stand_in:
+                del module._forward_hooks[key]
+        # TRL and accelerate put functions in the place of `forward` that hold on to the model they were made for: the
+        # copy would go on to compute with the policy's weights, without a sign. Those of `device_map` are partials,
+        # which are copied as they should.
+        if not isinstance(module.__dict__.get("forward"), functools.partial):
+            module.__dict__.pop("forward", None)
+        module._parameters = dict(module._parameters)  # DeepSpeed puts a container in its place that gathers shards
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False)
+    return copied
+
+
+def _trained_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, by name, without a value head."""
+    return {
+        name: parameter.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and VALUE_HEAD_NAME not in name.split(".")
+    }
