@@ -85,6 +85,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             seed=training_args.seed,
             agent=RandomAgent(),
             rationale=RATIONALES[script_args.rationale],
+            batch_size=16,
             context=training_args.context,
             window=training_args.window,
             parser=parser,
@@ -136,10 +137,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         plot_returns(returns, output_dir / "returns.png")
         plot_outcomes(returns, output_dir / "outcomes.png")
         curve = {"metric": "agents/return_mean", "label": "return per episode"}
-        if not script_args.self_play:  # then everybody met the opponent of training
-            own = {player: played[player][game.opponent] for player in ("random", "optimal")}
-            if game.seat != "random":
-                own = {player: [one for one in own[player] if one.reset_info["seat"] == game.seat] for player in own}
+        if not pool:  # scripted players against the opponents of training
+            own = play_agents(env_id, ("random", "minimax"), seeds, env_kwargs=env_kwargs)
             curve["references"] = summarize(own)["return"]
         plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", **curve)
         for player in ("before", "after"):

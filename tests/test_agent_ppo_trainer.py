@@ -3,19 +3,67 @@
 `AgentPPOTrainer` from end to end: scripted players and completions written by hand through the real trainer, with
 numbers worked by hand, then small things to learn.
 
-TABLE
+What each detail of PPO for language models comes down to, and the test that holds it (here unless a file is named):
+
+  tokens are scored, values read, in the state before them    test_tokens_and_values_are_read_in_the_state_before_them
+  the ratio is 1 before the first update                      test_the_ratio_is_one_before_the_first_update
+  padding left of absolute positions                          test_padding_on_the_left_moves_nothing
+  temperature in all log-probabilities                        test_the_ratio_is_one_before_the_first_update
+  the end is trained, padding is not                          test_the_token_that_ends_a_reply_...,
+                                                              test_padding_changes_neither_loss_nor_gradients
+  pad == eos                                                  test_a_tokenizer_that_pads_with_its_end_token,
+                                                              test_the_end_is_found_by_the_mask_...
+  score on the last action, KL on every one                   test_the_score_is_on_the_last_action_...
+  golden GAE, limits of lambda                                test_golden_advantages, test_limits_of_lambda_...;
+                                                              test_returns.py
+  nothing leaks across padding                                test_a_batch_of_many_is_many_batches_of_one;
+                                                              test_returns.py::TestRaggedBatches
+  terminated is not truncated                                 test_truncated_episodes_bootstrap_...,
+                                                              test_completions_that_ran_out_of_tokens
+  returns of raw advantages                                   test_returns_are_of_the_raw_advantages
+  whitening: masked, constant, one step; over processes       test_whitening_is_over_steps_and_masked,
+                                                              test_advantages_that_do_not_differ_...;
+                                                              test_advantages.py::TestWhiten
+  sides of the ratio's clip                                   test_the_ratio_is_clipped_on_the_side_it_moves_to
+  value clip, its coefficient and 1/2                         test_golden_value_loss;
+                                                              test_losses.py::TestClippedValueLoss
+  loss aggregation, accumulation                              test_loss_aggregation, test_accumulated_gradients_...
+  KL: estimators, place                                       test_losses.py::TestKL, test_kl_is_in_the_reward_or_...
+  the reference is frozen; adapter off                        test_the_reference_is_where_the_policy_started_...,
+                                                              test_an_adapter_turned_off_is_the_reference
+  beta 0, beta large                                          test_without_kl_there_is_no_reference,
+                                                              test_a_strong_kl_holds_the_policy_...
+  adaptive KL                                                 test_beta_adapts_...; test_losses.py::TestAdaptKLCoef
+  missing end: replaced or subtracted                         test_completions_that_ran_out_of_tokens
+  the head: float32, zeros, detach, kept                      test_value_head.py, test_a_head_of_zeros_...,
+                                                              test_the_value_loss_reaches_..., test_a_saved_head_...,
+                                                              test_a_checkpoint_without_a_head_warns
+  critic-only warm-up                                         test_only_the_critic_learns_while_it_warms_up
+  policy and value gradients apart                            test_policy_and_value_gradients_add_up,
+                                                              test_without_a_value_loss_it_is_the_policys_...
+  Adam's epsilon, decay, clipping, schedule                   test_the_optimizer_is_as_configured,
+                                                              test_gradients_are_clipped_together,
+                                                              test_the_schedule_moves_once_an_update
+  seeds; epochs are fresh permutations                        test_the_same_seed_plays_...; test_each_epoch_...;
+                                                              test_agent_grpo_trainer.py::test_two_processes_...
+  generation leaves the model as it was                       test_a_rollout_leaves_the_model_as_it_was
+  logits are never held                                       test_the_logits_of_a_batch_are_never_held
+  metrics are masked                                          test_metrics_are_of_the_steps_that_exist,
+                                                              test_what_is_logged
+  resume                                                      test_a_resumed_run_is_an_uninterrupted_one
+  toys                                                        "things to learn", at the end
 """
 
-import copy
-import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors.torch import load_file
 from scripted import (
     TEXTS,
     Pay,
@@ -106,7 +154,7 @@ def make_trainer(model_dir, tmp_path):
     return make
 
 
-# -- reading by hand: one sequence at a time, without padding, without the trainer's forward pass ------------------------
+# -- reading by hand: one sequence at a time, without padding, without the trainer's forward pass -----------------
 
 
 def read(trainer, ids, model=None):
@@ -172,7 +220,7 @@ def assert_row(found, expected):
     torch.testing.assert_close(found, torch.tensor([expected]), rtol=0, atol=2e-4)
 
 
-# -- advantages worked by hand -----------------------------------------------------------------------------------------
+# -- advantages worked by hand ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,9 +235,7 @@ def test_golden_advantages(make_trainer, lambda_, expected):
     assert batch["value_mask"].tolist() == [[1, 1, 1]] and batch["num_value_steps"] == 3
 
 
-@pytest.mark.parametrize(
-    ("kl_in", "expected"), [("reward", [0.74125, 0.475, 0.6]), ("loss", [0.7465, 0.47, 0.6])]
-)
+@pytest.mark.parametrize(("kl_in", "expected"), [("reward", [0.74125, 0.475, 0.6]), ("loss", [0.7465, 0.47, 0.6])])
 def test_the_score_is_on_the_last_action_and_the_kl_on_every_one(make_trainer, kl_in, expected):
     trainer = golden_trainer(make_trainer, beta=0.05, kl_in=kl_in)
     logps = {"old_per_token_logps": torch.tensor([[-1.0, -0.5, -2.0]])}
@@ -260,7 +306,7 @@ def test_a_batch_of_many_is_many_batches_of_one(make_trainer):
     assert together["num_value_steps"] == 11
 
 
-# -- GAE against an independent loop -----------------------------------------------------------------------------------
+# -- GAE against an independent loop ------------------------------------------------------------------------------
 
 
 class Ragged:
@@ -381,7 +427,9 @@ def test_truncated_episodes_bootstrap_from_what_follows_and_terminated_ones_do_n
     assert [trajectory.stop for trajectory in trainer.trajectories] == stops
     _, cut = trainer.trajectories[:2]
     first, second = (list(turn.input_ids) for turn in cut.turns)
-    before, after = (first + list(cut.turns[0].action_ids), list(cut.turns[1].action_ids)) if context == "chat" else ([], [])
+    before, after = (
+        (first + list(cut.turns[0].action_ids), list(cut.turns[1].action_ids)) if context == "chat" else ([], [])
+    )
     final = [*before, *(second if context == "chat" else []), *after, *cut.final_ids]
     teach(trainer, [(first, 0.25), (before + second, 4.0), (final, 10.0)])
     trainer.script = script
@@ -430,7 +478,7 @@ def test_completions_that_could_not_be_scored_weigh_nothing(make_trainer):
     torch.testing.assert_close(batch["advantages"][[0, 2]], others["advantages"])
 
 
-# -- what is scored, and where it is read ------------------------------------------------------------------------------
+# -- what is scored, and where it is read -------------------------------------------------------------------------
 
 
 def test_tokens_and_values_are_read_in_the_state_before_them(make_trainer):
@@ -456,8 +504,8 @@ def test_tokens_and_values_are_read_in_the_state_before_them(make_trainer):
 def test_the_ratio_is_one_before_the_first_update(make_trainer, gpt2_dir, context, level):
     # Rows of different length in a model with dropout and absolute positions, at a temperature
     trainer = make_trainer(
-        acts("ab?", "s", "as", "bbb"), env_kwargs={"actions": "abs"}, model=gpt2_dir, temperature=0.7, num_iterations=2,
-        beta=0.1, context=context, advantage_level=level, max_episode_length=128, trainer_class=Spy,
+        acts("ab?", "s", "as", "bbb"), env_kwargs={"actions": "abs"}, model=gpt2_dir, temperature=0.7,
+        num_iterations=2, beta=0.1, context=context, advantage_level=level, max_episode_length=128, trainer_class=Spy,
     )  # fmt: skip
     perturb(trainer.value_head, size=1.0)
     batch = generate(trainer)
@@ -552,7 +600,7 @@ def test_a_tokenizer_that_pads_with_its_end_token(make_trainer, model_dir, tmp_p
     assert losses[0][0].abs() > 1e-3
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------
+# -- the loss -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -692,7 +740,7 @@ def test_kl_is_in_the_reward_or_in_the_loss_never_in_both(make_trainer):
     assert losses["loss", 10.0] == pytest.approx(-1.0 + 10 * (0.018731 + 0.005171) / 2, abs=1e-4)
 
 
-# -- KL and its controller ---------------------------------------------------------------------------------------------
+# -- KL and its controller ----------------------------------------------------------------------------------------
 
 
 def hash_of(model):
@@ -761,7 +809,7 @@ def test_beta_adapts_to_the_kl_of_an_episode(make_trainer):
     assert fixed.beta == 0.2
 
 
-# -- the head ------------------------------------------------------------------------------------------------------------
+# -- the head -----------------------------------------------------------------------------------------------------
 
 
 def test_a_head_of_zeros_makes_advantages_of_rewards_to_go(make_trainer):
@@ -789,7 +837,7 @@ def test_how_a_head_starts(make_trainer, model_dir, tmp_path):
     torch.nn.init.normal_(reward_model.score.weight)
     reward_model.save_pretrained(tmp_path / "reward")
     assert not make_trainer().value_head.weight.any()
-    assert make_trainer(value_head_init="normal").value_head.weight.std() == pytest.approx(33**-0.5, rel=0.5)
+    assert make_trainer(value_head_init="normal").value_head.weight.detach().std() == pytest.approx(33**-0.5, rel=0.5)
     started = make_trainer(value_head_init=str(tmp_path / "reward")).value_head
     assert torch.equal(started.weight, reward_model.score.weight) and started.weight.dtype == torch.float32
     assert started.bias.item() == 0.0
@@ -804,15 +852,12 @@ def test_a_saved_head_is_loaded_bit_equal(make_trainer, model_dir, tmp_path, pef
     trainer.save_model(str(folder))
     assert (folder / VALUE_HEAD_FILE).exists() and trainer.value_head.weight.any()
     weights = "adapter_model.safetensors" if peft else "model.safetensors"
-    from safetensors.torch import load_file
-
     assert not any("value_head" in name for name in load_file(str(folder / weights)))
     if peft:
-        from peft import AutoPeftModelForCausalLM
-
         again = make_trainer(
             model=AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True),
             kwargs={"processing_class": AutoTokenizer.from_pretrained(model_dir)},
+            value_head_init=str(folder),
         )
     else:
         again = make_trainer(model=str(folder), value_head_init="normal")
@@ -837,7 +882,7 @@ def test_only_the_critic_learns_while_it_warms_up(make_trainer):
     assert not torch.equal(now["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
 
 
-# -- optimisation ----------------------------------------------------------------------------------------------------------
+# -- optimisation -------------------------------------------------------------------------------------------------
 
 
 def test_the_optimizer_is_as_configured(make_trainer):
@@ -935,20 +980,23 @@ def test_the_same_seed_plays_the_same_episodes(make_trainer):
 def test_a_rollout_leaves_the_model_as_it_was(make_trainer, env):
     found = []
 
-    class Watched(ScriptedPPOTrainer):
-        pass
-
-    trainer = make_trainer(env=env, trainer_class=Watched, gradient_checkpointing=True, max_completion_length=4)
+    trainer = make_trainer(env=env, gradient_checkpointing=True, max_completion_length=4)
     model = trainer.causal_lm
     model.model.register_forward_hook(
         lambda module, args, output: found.append((module.training, torch.is_grad_enabled()))
     )
+
+    model.gradient_checkpointing_enable()
+
     def state():
         return model.config.to_dict(), model.generation_config.to_dict(), model.is_gradient_checkpointing
 
     before = state()
     generate(trainer)
-    assert found[0] == (False, False) and not any(grad for _, grad in found)
+    assert len(found) > 1 and not any(grad for _, grad in found)
+    if env:  # TRL's own generation counts on `disable_dropout`
+        assert found[0] == (False, False)
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
     assert trainer.model.training and state() == before and model.is_gradient_checkpointing
     found.clear()
     trainer.train()
@@ -956,14 +1004,16 @@ def test_a_rollout_leaves_the_model_as_it_was(make_trainer, env):
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation returns."""
+    """The largest tensor of logits that any operation returns."""
 
-    numel = 0
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.numel = vocabulary, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.shape[-1:] == (self.vocabulary,):
                 self.numel = max(self.numel, value.numel())
         return result
 
@@ -972,14 +1022,14 @@ def test_the_logits_of_a_batch_are_never_held(make_trainer):
     trainer = make_trainer(env=None, num_iterations=2)
     completions = [[50 + number % 7 for number in range(400)] for _ in range(24)]
     batch = answers(*completions)
-    with Largest() as largest:
+    vocabulary = len(trainer.processing_class)
+    with Largest(vocabulary) as largest:
         batch |= {"old_per_token_logps": trainer.score_batch(batch)}
         loss_and_gradients(trainer, credited(trainer, [1.0] * 24, batch))
-    logits = 24 * 400 * len(trainer.processing_class)
-    assert 0 < largest.numel < 0.6 * logits
+    assert 0 < largest.numel < 0.6 * 24 * 400 * vocabulary
 
 
-# -- metrics -----------------------------------------------------------------------------------------------------------
+# -- metrics ------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_of_the_steps_that_exist(make_trainer):
@@ -1010,10 +1060,459 @@ def test_what_is_logged(make_trainer):
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert len(logs) == 4
     for log in logs:
-        assert log["entropy"] >= 0 and 0 <= log["clip_ratio/region_mean"] <= 1 and 0 <= log["agents/value_clip_ratio"] <= 1
+        assert (
+            log["entropy"] >= 0
+            and 0 <= log["clip_ratio/region_mean"] <= 1
+            and 0 <= log["agents/value_clip_ratio"] <= 1
+        )
         assert log["agents/value_loss"] >= 0 and np.isfinite(log["grad_norm"])
     for log in logs[::2]:  # a rollout each
         assert log["agents/value_explained_variance"] <= 1
         assert log["agents/stop_terminated"] == 1 and log["agents/invalid_share"] > 0
         assert {"completions/clipped_ratio", "rewards/environment_reward/mean", "agents/kl_mean"} <= log.keys()
     assert logs[1]["clip_ratio/region_mean"] > 0 and logs[0]["clip_ratio/region_mean"] == 0
+
+
+# -- without an environment ---------------------------------------------------------------------------------------
+
+
+def count_a(completions, **kwargs):
+    return [float(completion.count("a")) for completion in completions]
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+@pytest.mark.parametrize("judge", ["function", "reward model", "both"])
+def test_it_trains_on_a_dataset(make_trainer, model_dir, tmp_path, judge, generations):
+    config = AutoModelForCausalLM.from_pretrained(model_dir).config
+    config.num_labels = 1
+    Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "reward")
+    judges = {"function": [count_a], "reward model": [str(tmp_path / "reward")]}
+    judges["both"] = judges["function"] + judges["reward model"]
+    trainer = make_trainer(
+        env=None, num_generations=generations, kwargs={"reward_funcs": judges[judge]}, beta=0.1, num_iterations=2,
+        max_steps=4, whiten_advantages=True, reward_weights=[0.5] * len(judges[judge]), trainer_class=Spy,
+    )  # fmt: skip
+    start = hash_of(trainer.model)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 4 and all(log["grad_norm"] > 0 and log["agents/value_loss"] > 0 for log in logs)
+    assert not torch.equal(hash_of(trainer.model)["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    batch = trainer.trained_on
+    prompts = {
+        tuple(ids[mask.bool()].tolist()) for ids, mask in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
+    }
+    assert len(prompts) == 4 // generations
+    mask = batch["completion_mask"].bool()
+    assert (batch["advantages"][mask] != 0).all() and (batch["advantages"][~mask] == 0).all()
+    assert batch["value_mask"].bool().equal(mask)  # every token is a step
+
+
+def test_the_reward_of_a_completion_is_its_functions_sum(make_trainer):
+    def first(completions, **kwargs):
+        return [1.0, 2.0, None, None]
+
+    def second(completions, **kwargs):
+        return [10.0, None, 30.0, None]
+
+    kwargs = {"reward_funcs": [first, second]}
+    trainer = make_trainer(env=None, kwargs=kwargs, reward_weights=[1.0, 0.5], gae_lambda=1.0)
+    batch = generate(trainer)
+    assert [row.max().item() for row in batch["returns"]] == [6.0, 2.0, 15.0, 0.0]
+    assert batch["value_mask"].sum(1).bool().tolist() == [True, True, True, False]
+    assert batch["advantages"][:3].any(1).all() and not batch["advantages"][3].any()
+
+
+def test_rewards_stay_with_their_completions_when_rows_are_shuffled(make_trainer):
+    class Kept(Spy):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            for ids, mask, returns in zip(
+                inputs["completion_ids"], inputs["completion_mask"], inputs["returns"], strict=True
+            ):
+                text = self.processing_class.decode(ids[mask.bool()], skip_special_tokens=True)
+                self.pairs.append((float(len(text)), returns[0].item()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def length(completions, **kwargs):
+        return [float(len(completion)) for completion in completions]
+
+    trainer = make_trainer(
+        env=None, kwargs={"reward_funcs": length}, gae_lambda=1.0, trainer_class=Kept, value_coef=0.0,
+        per_device_train_batch_size=2, steps_per_generation=2, num_iterations=2, max_steps=4, learning_rate=0.0,
+    )  # fmt: skip
+    trainer.pairs = []
+    trainer.train()
+    assert len(trainer.pairs) == 8 and len(set(trainer.pairs)) > 2
+    assert all(text == pytest.approx(reward) for text, reward in trainer.pairs)
+
+
+def test_a_reward_function_that_fails_or_miscounts_is_an_error(make_trainer):
+    trainer = make_trainer(env=None, kwargs={"reward_funcs": lambda completions, **kwargs: [1.0]})
+    with pytest.raises((ValueError, RuntimeError)):
+        generate(trainer)
+
+
+# -- a run in parts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", ["trl_agents/Bandit-v0", None])
+def test_a_resumed_run_is_an_uninterrupted_one(make_trainer, model_dir, tmp_path, env):
+    def run(name, **more):
+        config = {
+            "beta": 0.1, "kl_target": 0.01, "kl_horizon": 50, "learning_rate": 0.02, "value_learning_rate": 0.05,
+            "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "whiten_advantages": True, "value_coef": 1.0,
+            "reward_normalization": "scale", "lr_scheduler_type": "linear", "num_generations": 1,
+            "env_kwargs": {"n_arms": 2, "horizon": 2} if env else None,
+        }  # fmt: skip
+        args = make_config(tmp_path / name, AgentPPOConfig, **config)
+        kwargs = {} if env else {
+            "reward_funcs": count_a, "train_dataset": Dataset.from_dict({"prompt": [f"paid {n}" for n in range(24)]})
+        }  # fmt: skip
+        trainer = AgentPPOTrainer(model_dir, env=env, args=args, **kwargs)
+        trainer.train(**more)
+        return trainer
+
+    whole = run("whole")
+    # "Killed" after the checkpoint: what was written up to then is all there is
+    folder = tmp_path / "parts" / "checkpoint-3"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", folder)
+    parts = run("parts", resume_from_checkpoint=str(folder))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=0, atol=0)
+    times = ("time", "runtime", "seconds", "per_second", "flos", "train_loss")
+
+    def numbers(trainer):
+        logs = [log for log in trainer.state.log_history if "loss" in log and log["step"] > 3]
+        return [{k: v for k, v in log.items() if not any(part in k for part in times)} for log in logs]
+
+    assert numbers(parts) == [pytest.approx(log, nan_ok=True) for log in numbers(whole)]
+    assert len(numbers(whole)) == 3 and {"agents/kl_coef", "agents/value_loss"} <= numbers(whole)[0].keys()
+    assert whole.beta == parts.beta != 0.1 and whole.value_head.weight.any()
+
+
+def test_a_checkpoint_without_a_head_warns(make_trainer, tmp_path):
+    trainer = make_trainer(acts("abc", "caa", "bbb", "cba"), max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    folder = tmp_path / "out" / "checkpoint-1"
+    (folder / VALUE_HEAD_FILE).unlink()
+    again = make_trainer(acts("abc", "caa", "bbb", "cba"), max_steps=2)
+    with pytest.warns(UserWarning, match=f"checkpoint-1 has no {VALUE_HEAD_FILE}.*critic_warmup_steps"):
+        again.train(resume_from_checkpoint=str(folder))
+    assert again.state.global_step == 2
+
+
+def test_the_best_checkpoint_comes_with_its_head(make_trainer, tmp_path):
+    trainer = make_trainer(
+        acts("abc", "caa", "bbb", "cba"), max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps",
+        eval_steps=1, load_best_model_at_end=True, metric_for_best_model="first", per_device_eval_batch_size=4,
+        num_eval_seeds=4, learning_rate=0.1,
+    )  # fmt: skip
+    evaluate = trainer.evaluate
+
+    def prefer_the_first(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs) | {"eval_first": float(trainer.state.global_step)}
+        return metrics
+
+    trainer.evaluate = prefer_the_first
+    trainer.args.greater_is_better = False
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    saved = load_file(str(tmp_path / "out" / "checkpoint-1" / VALUE_HEAD_FILE))
+    later = load_file(str(tmp_path / "out" / "checkpoint-2" / VALUE_HEAD_FILE))
+    assert torch.equal(trainer.value_head.weight, saved["weight"]) and not torch.equal(
+        saved["weight"], later["weight"]
+    )
+
+
+def test_a_reference_that_follows_the_policy(make_trainer):
+    trainer = make_trainer(
+        acts("abc", "caa", "bbb", "cba"), beta=0.1, learning_rate=0.1, sync_ref_model=True, ref_model_sync_steps=2,
+        ref_model_mixup_alpha=1.0, max_steps=2,
+    )  # fmt: skip
+    start = hash_of(trainer.model)
+    trainer.train()
+    now = hash_of(trainer.model)
+    torch.testing.assert_close(hash_of(trainer.ref_model), now, rtol=0, atol=0)
+    assert not torch.equal(now["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    assert trainer.model.value_head is trainer.value_head
+
+
+@pytest.mark.parametrize("env", ["trl_agents/Bandit-v0", None])
+def test_evaluation_during_training(make_trainer, env):
+    kwargs = {} if env else {"eval_dataset": Dataset.from_dict({"prompt": ["Choose.", "what?", "noise"]})}
+    trainer = make_trainer(
+        env=env, env_kwargs={"n_arms": 2, "horizon": 2} if env else None, eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=2, num_eval_seeds=3, beta=0.1, kl_target=6.0, kl_horizon=100, kwargs=kwargs,
+        whiten_advantages=True, learning_rate=0.05,
+    )  # fmt: skip
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert np.isfinite(log["eval_loss"]) and log["eval_agents/value_loss"] >= 0
+        assert {"eval_agents/value_mean", "eval_agents/kl_mean", "eval_reward"} <= log.keys()
+    coefficients = [log["agents/kl_coef"] for log in trainer.state.log_history if "agents/kl_coef" in log]
+    # Training alone adapts it: below the target by more than a fifth, by .2 * 4 episodes / 100 each time
+    assert coefficients == pytest.approx([0.1, 0.1 * (1 - 0.2 * 4 / 100)])
+
+
+def test_gradient_checkpointing_changes_nothing(make_trainer):
+    def weights(**config):
+        trainer = make_trainer(acts("abc", "caa", "bbb", "cba"), value_head_init="normal", optim="sgd", **config)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    plain = weights()
+    torch.testing.assert_close(weights(gradient_checkpointing=True), plain, rtol=0, atol=1e-6)
+
+
+def test_in_bfloat16_the_head_stays_in_float32(make_trainer, model_dir):
+    for config in ({"bf16": True}, {"model_init_kwargs": {"dtype": "bfloat16"}}):
+        trainer = make_trainer(acts("abc", "caa", "bbb", "cba"), learning_rate=0.05, **config)
+        trainer.train()
+        assert trainer.value_head.weight.dtype == torch.float32 and trainer.value_head.weight.any()
+        assert all(np.isfinite(log.get("agents/value_loss", 0)) for log in trainer.state.log_history)
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"advantage_level": "word"}, "advantage_level='word'.*auto, turn, token"),
+        ({"kl_in": "both"}, "kl_in='both'.*reward, loss"),
+        ({"gae_lambda": 1.5}, "gae_lambda=1.5 must lie between 0 and 1"),
+        ({"gae_lambda": -0.1}, "gae_lambda=-0.1"),
+        ({"value_coef": -1.0}, "value_coef=-1.0: give a number of at least 0"),
+        ({"value_clip": -0.2}, "value_clip=-0.2"),
+        ({"critic_warmup_steps": -1}, "critic_warmup_steps=-1"),
+        ({"value_learning_rate": -1e-3}, "value_learning_rate=-0.001"),
+        ({"beta": -0.1}, "beta=-0.1"),
+        ({"kl_target": 0.0}, "kl_target=0.0: give a positive number"),
+        ({"kl_horizon": 0}, "kl_horizon=0: give a positive number"),
+        ({"kl_target": 6.0, "beta": 0.0}, "kl_target=6.0.*beta=0.0.*0.05"),
+        ({"kl_target": 6.0, "kl_horizon": 1}, "kl_horizon=1 is too short.*longer than 1.6"),
+        ({"missing_eos_reward": -1.0, "missing_eos_penalty": 1.0}, "missing_eos_reward=-1.0.*missing_eos_penalty=1.0"),
+        ({"critic_warmup_steps": 5, "weight_decay": 0.1}, "weight_decay=0.1.*critic_warmup_steps=5.*weight_decay=0.0"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "normalize_then_sum.*sum_then_normalize"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size=1.*Raise"),
+        ({"per_device_train_batch_size": 6, "num_generations": 4}, "6.*4"),
+        ({"discount": 1.5}, "discount=1.5"),
+        ({"context": "table"}, "context='table'.*chat, window"),
+    ],
+)
+def test_config_mistakes(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(
+            tmp_path / "out", AgentPPOConfig, **{"num_generations": 1, "per_device_train_batch_size": 8, **settings}
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_trainers_config(model_dir, tmp_path):
+    with pytest.raises(ValueError, match="`GRPOConfig`: pass an `AgentPPOConfig`"):
+        AgentPPOTrainer(model_dir, env=Pay, args=make_config(tmp_path / "out", GRPOConfig))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 3},
+        {"per_device_train_batch_size": 2, "steps_per_generation": 3},
+        {"per_device_train_batch_size": 2, "generation_batch_size": 4},
+    ],
+)
+def test_groups_of_one_of_any_batch_size(make_trainer, sizes):
+    trainer = make_trainer(env="trl_agents/Bandit-v0", env_kwargs={"n_arms": 2, "horizon": 1}, **sizes)
+    assert trainer.num_generations == trainer.args.num_generations == 1
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# -- things to learn ----------------------------------------------------------------------------------------------
+
+WORDS = ["<pad>", "<eos>", "<unk>", "go", "red", "green", "one", "two", "three", "a", "b"]
+A, B = WORDS.index("a"), WORDS.index("b")
+
+
+@pytest.fixture(scope="module")
+def words_dir(tmp_path_factory):
+    """A model of eleven words: an action is a token."""
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for message in messages %}{{ message['content'] + ' <eos> ' }}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template=template,
+        padding_side="left",
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("words")
+    tokenizer.save_pretrained(folder)
+    tiny_model(tokenizer, hidden_size=32, num_hidden_layers=1).save_pretrained(folder)
+    return str(folder)
+
+
+class Probe:
+    """Shows what it is told, and pays by a function of what it showed and what was done; ends after the last."""
+
+    instructions = "go"
+
+    def __init__(self, shown=("one",), pays=lambda shown, action: 0.0):
+        self.shown, self.pays = shown, pays
+
+    def reset(self, *, seed=None, options=None):
+        self.step_number = 0
+        first = self.shown[0]
+        self.now = first if isinstance(first, str) else first[seed % len(first)]
+        return self.now, {"legal_actions": ["a", "b"]}
+
+    def step(self, action):
+        reward = self.pays(self.now, action)
+        self.step_number += 1
+        over = self.step_number == len(self.shown)
+        self.now = "" if over else self.shown[self.step_number]
+        return self.now, reward, over, False, {"legal_actions": ["a", "b"]}
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def learn(make_trainer, words_dir):
+    def run(pays=None, shown=("one",), steps=60, **config):
+        defaults = {
+            "per_device_train_batch_size": 16, "max_completion_length": 1, "learning_rate": 1e-2, "max_steps": steps,
+            "whiten_advantages": True, "value_coef": 0.5, "value_clip": None, "invalid_action_penalty": 0.0,
+            "reward_normalization": "none", "num_iterations": 2, "value_learning_rate": 3e-2,
+        }  # fmt: skip
+        kwargs = {"action_parser": ActionParser(r"\b([ab])\b", template="{action}")}
+        trainer = make_trainer(
+            env=Probe, env_kwargs={"shown": shown, "pays": pays}, model=words_dir, kwargs=kwargs,
+            **{"trainer_class": AgentPPOTrainer, **defaults, **config},
+        )  # fmt: skip
+        trainer.train()
+        return trainer
+
+    return run
+
+
+def probability(trainer, shown, token, so_far=()):
+    """Of a token as the first action on what is shown, and V before it."""
+    ids = [*so_far, *trainer.processing_class.encode(f"go\n{shown} <eos>")]
+    with torch.no_grad():
+        states = trainer.causal_lm.base_model(torch.tensor([ids])).last_hidden_state[0, -1]
+        return trainer.causal_lm.lm_head(states).softmax(-1)[token].item(), trainer.value_head(
+            states[None, None]
+        ).item()
+
+
+def pays_a(shown, action):
+    return float(action == "a")
+
+
+def pays_b(shown, action):
+    return float(action == "b")
+
+
+@pytest.mark.parametrize(("pays", "token"), [(pays_a, A), (pays_b, B)])
+def test_the_action_decides_the_reward(learn, pays, token):
+    trainer = learn(pays)
+    p, value = probability(trainer, "one", token)
+    assert p > 0.95
+    assert value == pytest.approx(1.0, abs=0.1)
+    returns = [log["agents/return_mean"] for log in trainer.state.log_history if "agents/return_mean" in log]
+    assert np.mean(returns[:3]) < 0.8 < 0.95 < np.mean(returns[-5:])
+
+
+# Where nothing but values is to be learnt: whitening would blow the noise around them up
+VALUES = {"whiten_advantages": False, "learning_rate": 3e-3, "value_coef": 1.0, "steps": 80}
+
+
+def pays_by_colour(shown, action):
+    return {"red": 1.0, "green": -1.0}[shown]
+
+
+def test_the_observation_decides_the_value(learn):
+    trainer = learn(pays_by_colour, shown=(("red", "green"),), **VALUES)
+    assert probability(trainer, "red", A)[1] == pytest.approx(1.0, abs=0.06)
+    assert probability(trainer, "green", A)[1] == pytest.approx(-1.0, abs=0.06)
+
+
+def pays_by_both(shown, action):
+    return float((shown == "red") == (action == "a"))
+
+
+def test_observation_and_action_decide(learn):
+    # With invalid actions at no cost, the random ones in their place would be a way out at half the pay
+    settings = {"learning_rate": 3e-3, "steps": 120, "invalid_action_penalty": -1.0}
+    trainer = learn(pays_by_both, shown=(("red", "green"),), per_device_train_batch_size=32, **settings)
+    assert probability(trainer, "red", A)[0] > 0.9 and probability(trainer, "green", B)[0] > 0.9
+
+
+def pays_at_the_end(shown, action):
+    return float(shown == "three")
+
+
+@pytest.mark.parametrize("lambda_", [0.0, 0.95])
+def test_a_delayed_reward_is_discounted_per_turn(learn, lambda_):
+    trainer = learn(pays_at_the_end, shown=("one", "two", "three"), discount=0.5, gae_lambda=lambda_, **VALUES)
+    (played,) = trainer.play([0])
+    seen, values = [], []
+    for turn in played.turns:
+        seen += turn.input_ids
+        values.append(read(trainer, seen)[1][-1])
+        seen += turn.action_ids
+    assert values == pytest.approx([0.25, 0.5, 1.0], abs=0.06)  # three steps, two and one from the reward
+
+
+def pays_the_same(shown, action):
+    return 1.0
+
+
+def test_a_constant_reward_moves_nothing_but_the_kl(learn):
+    # Without a critic that must first find the constant: its value is told, and is right
+    settings = {"detach_value_head": True, "steps": 10, "learning_rate": 1e-2, "optim": "sgd", "max_grad_norm": 0.0}
+
+    class Told(AgentPPOTrainer):
+        def _make_value_head(self):
+            head = super()._make_value_head()
+            torch.nn.init.ones_(head.bias)
+            return head
+
+    for whiten in (True, False):
+        trainer = learn(pays_the_same, trainer_class=Told, whiten_advantages=whiten, **settings)
+        start = AutoModelForCausalLM.from_pretrained(trainer.model.name_or_path).state_dict()
+        now = hash_of(trainer.model)
+        torch.testing.assert_close(now, {name: start[name] for name in now}, rtol=0, atol=0)
+        assert trainer.value_head.bias.item() == 1.0
+
+
+def test_with_a_constant_reward_the_kl_falls(learn):
+    class Moved(AgentPPOTrainer):
+        def train(self, *args, **kwargs):
+            perturb(self.causal_lm.base_model, size=0.1)
+            return super().train(*args, **kwargs)
+
+    settings = {"whiten_advantages": False, "learning_rate": 1e-3, "gae_lambda": 1.0, "trainer_class": Moved}
+    ends = []
+    for beta in (1e-9, 1.0):
+        trainer = learn(pays_the_same, beta=beta, steps=40, **settings)
+        kl = [log["agents/kl_mean"] for log in trainer.state.log_history if "agents/kl_mean" in log]
+        ends.append(np.mean(kl[-5:]))
+        assert kl[0] > 0.8
+    assert ends[1] < 0.25 and ends[0] > 0.8
+
+
+def test_a_strong_kl_holds_the_policy_to_its_reference(learn):
+    free = learn(pays_a, beta=0.0, steps=30)
+    for kl_in in ("reward", "loss"):
+        held = learn(pays_a, beta=20.0, kl_in=kl_in, whiten_advantages=False, gae_lambda=1.0, steps=30)
+        start = AutoModelForCausalLM.from_pretrained(held.model.name_or_path)
+        ids = torch.tensor([held.processing_class.encode("go\none <eos>")])
+        with torch.no_grad():
+            kls = []
+            for trainer in (held, free):
+                now, then = (model(ids).logits[0, -1].log_softmax(-1) for model in (trainer.causal_lm, start))
+                kls.append((now.exp() * (now - then)).sum().item())
+        assert abs(kls[0]) < 0.1 < 1 < kls[1]

@@ -4,7 +4,16 @@
 import pytest
 import torch
 
-from trl_agents.batch import NO_TURN, Row, pad_turn_index, pad_turns, padding_row, rows_of, sum_by_episode
+from trl_agents.batch import (
+    NO_TURN,
+    Row,
+    pad_turn_index,
+    pad_turns,
+    padding_row,
+    rows_of,
+    steps_of,
+    sum_by_episode,
+)
 from trl_agents.types import ParsedAction, StopReason, Trajectory, Turn
 
 
@@ -12,8 +21,9 @@ def turn(input_ids, action_ids, **kwargs):
     return Turn("", tuple(input_ids), tuple(action_ids), "", ParsedAction("a"), "a", **kwargs)
 
 
-def episode(*turns, stop=StopReason.TERMINATED):
-    return Trajectory(seed=0, turns=turns, stop=stop, final_observation="what follows is in no row")
+def episode(*turns, stop=StopReason.TERMINATED, final_ids=()):
+    final = {"final_observation": "what follows is in no row", "final_ids": tuple(final_ids)}
+    return Trajectory(seed=0, turns=turns, stop=stop, **final)
 
 
 CHAT = (turn([1, 2, 3], [10, 11]), turn([4], [12]), turn([5, 6], [13, 14, 15]))
@@ -102,6 +112,129 @@ class TestRowsThatWeighNothing:
         row = padding_row(FILLER)
         assert row == Row([FILLER], [FILLER], [NO_TURN], -1)
         assert row.mask == [0] and list(row.turns) == []
+
+
+class TestWhatFollows:
+    def test_a_conversation_goes_on(self):
+        trajectory = episode(*CHAT[:2], stop=StopReason.TRUNCATED, final_ids=[7, 8])
+        (row,) = rows_of(trajectory, 3, FILLER, with_final=True)
+        assert row == Row([1, 2, 3], [10, 11, 4, 12, 7, 8], [0, 0, -1, 1, -1, -1], 3, bootstrap=6)
+        assert list(row.turns) == [0, 1]
+        (without,) = rows_of(trajectory, 3, FILLER)
+        assert without == Row([1, 2, 3], [10, 11, 4, 12], [0, 0, -1, 1], 3) and without.bootstrap is None
+
+    def test_a_window_is_rendered_anew(self):
+        turns = turn([1, 2], [10, 11], appends=False), turn([1, 2, 3], [12], appends=False)
+        *rows, final = rows_of(
+            episode(*turns, stop=StopReason.MAX_TURNS, final_ids=[4, 5]), 2, FILLER, with_final=True
+        )
+        assert rows == rows_of(episode(*turns), 2, FILLER)
+        assert final == Row([4, 5], [FILLER], [NO_TURN], 2, bootstrap=0)
+        assert final.mask == [0] and list(final.turns) == []
+
+    def test_logprobs_of_what_was_only_read(self):
+        one = turn([1], [10], logprobs=(-1.0,))
+        (row,) = rows_of(episode(one, final_ids=[7, 8]), 0, FILLER, with_final=True)
+        assert row.logprobs == [-1.0, 0.0, 0.0]
+        one = turn([1], [10], logprobs=(-1.0,), appends=False)
+        assert [row.logprobs for row in rows_of(episode(one, final_ids=[7]), 0, FILLER, with_final=True)] == [
+            [-1.0],
+            [0.0],
+        ]
+
+    def test_without_anything_that_follows_nothing_changes(self):
+        for trajectory in (episode(*CHAT), episode(), episode(*CHAT, stop=StopReason.ENV_ERROR, final_ids=[7])):
+            assert rows_of(trajectory, 1, FILLER, with_final=True) == rows_of(trajectory, 1, FILLER)
+
+
+# A conversation of two turns, truncated; a fault; windows of two turns, terminated; padding
+MIXED = [
+    *rows_of(episode(*CHAT[:2], final_ids=[7, 8]), 0, FILLER, with_final=True),
+    padding_row(FILLER, 1),
+    Row([1], [10, 11], [0, 0], 2),
+    Row([2], [12, 13, 14], [1, 1, 1], 2),
+    padding_row(FILLER),
+]
+EPISODES = torch.tensor([0, 1, 2, 2, 0])
+
+
+class TestSteps:
+    def test_turns(self):
+        steps = steps_of(MIXED, 3, 6, by_turn=True)
+        assert steps.mask.tolist() == [[True, True], [False, False], [True, True]]
+        assert steps.row[steps.mask].tolist() == [0, 0, 2, 3]
+        assert steps.position[steps.mask].tolist() == [0, 3, 0, 0]
+        no = NO_TURN
+        assert steps.index.tolist() == [
+            [0, 0, no, 1, no, no],
+            [no] * 6,
+            [0, 0, no, no, no, no],
+            [1, 1, 1, no, no, no],
+            [no] * 6,
+        ]
+        assert steps.ends == [{0: 0, 1: 1}, {}, {0: 0, 1: 1}]
+        assert steps.bootstraps == [(0, 6), None, None]
+
+    def test_tokens(self):
+        steps = steps_of(MIXED, 3, 6, by_turn=False)
+        assert steps.mask.sum(1).tolist() == [3, 0, 5]
+        assert steps.row[steps.mask].tolist() == [0, 0, 0, 2, 2, 3, 3, 3]
+        assert steps.position[steps.mask].tolist() == [0, 1, 3, 0, 1, 0, 1, 2]
+        no = NO_TURN
+        assert steps.index[[0, 2, 3]].tolist() == [
+            [0, 1, no, 2, no, no],
+            [0, 1, no, no, no, no],
+            [2, 3, 4, no, no, no],
+        ]
+        assert steps.ends == [{0: 1, 1: 2}, {}, {0: 1, 1: 4}]
+
+    def test_rewards_are_placed_on_a_turns_last_step(self):
+        rewards = [[1.0, 2.0], [9.0], [3.0, 4.0]]
+        assert steps_of(MIXED, 3, 6, by_turn=True).place(rewards).tolist() == [[1, 2], [0, 0], [3, 4]]
+        assert steps_of(MIXED, 3, 6, by_turn=False).place(rewards).tolist() == [
+            [0, 1, 2, 0, 0],
+            [0, 0, 0, 0, 0],
+            [0, 3, 0, 0, 4],
+        ]
+
+    @pytest.mark.parametrize(("empty", "expected"), [(0, [1 + 2, 4]), (1, [1 + 2, 4]), (2, [1, 2 + 4])])
+    def test_rewards_of_turns_without_a_token_go_to_the_step_before(self, empty, expected):
+        turns = [turn([1], [] if number == empty else [10]) for number in range(3)]
+        steps = steps_of(rows_of(episode(*turns), 0, FILLER), 1, 6, by_turn=True)
+        assert steps.place([[1.0, 2.0, 4.0]]).tolist() == [expected]  # before the first there is none: to that one
+
+    @pytest.mark.parametrize("by_turn", [False, True])
+    def test_gather_and_scatter(self, by_turn):
+        steps = steps_of(MIXED, 3, 6, by_turn)
+        values = torch.arange(5 * 7.0).reshape(5, 7) + 1  # one position more than tokens
+        gathered = steps.gather(values)
+        assert (gathered[~steps.mask] == 0).all()
+        scattered = steps.scatter(gathered, 6)
+        assert scattered.shape == (5, 6)
+        begins = scattered != 0
+        assert begins.sum() == steps.mask.sum() and torch.equal(scattered[begins], values[:, :6][begins])
+        assert torch.equal(steps.gather(scattered), gathered)
+        assert gathered[0, :2].tolist() == ([1.0, 4.0] if by_turn else [1.0, 2.0])
+
+    def test_sums_over_the_tokens_of_a_step(self):
+        values = torch.arange(1, 31.0).reshape(5, 6)
+        assert steps_of(MIXED, 3, 6, by_turn=True).sum_tokens(values, EPISODES).tolist() == [
+            [1 + 2, 4],
+            [0, 0],
+            [13 + 14, 19 + 20 + 21],
+        ]
+        assert steps_of(MIXED, 3, 6, by_turn=False).sum_tokens(values, EPISODES).tolist() == [
+            [1, 2, 4, 0, 0],
+            [0, 0, 0, 0, 0],
+            [13, 14, 19, 20, 21],
+        ]
+
+    def test_no_steps(self):
+        for rows, n_episodes in (([padding_row(FILLER, 0), padding_row(FILLER)], 1), ([padding_row(FILLER)], 0)):
+            steps = steps_of(rows, n_episodes, 2, by_turn=True)
+            assert steps.mask.shape == (n_episodes, 1) and not steps.mask.any()
+            assert steps.place([[1.0]] * n_episodes).tolist() == [[0.0]] * n_episodes
+            assert (steps.scatter(torch.ones(n_episodes, 1), 2) == 0).all()
 
 
 class TestTensors:

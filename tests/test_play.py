@@ -419,6 +419,56 @@ class TestLimits:
             Rules(**rules)
 
 
+class TestFinalIds:
+    """What a truncated episode would have gone on with."""
+
+    @pytest.mark.parametrize("context", [ChatContext, WindowContext])
+    def test_they_are_what_the_next_turn_would_have_read(self, context):
+        (whole,) = play(Steps, go, [Episode(5)], context=context)
+        (cut,) = play(Steps, go, [Episode(5)], context=context, max_turns=3)
+        assert cut.turns == whole.turns[:3]
+        assert cut.final_ids == whole.turns[3].input_ids and "2 to go" in text_of(cut.final_ids)
+
+    @pytest.mark.parametrize("context", [ChatContext, WindowContext])
+    def test_at_the_environments_time_limit(self, context):
+        class Limited(Steps):
+            def step(self, action):
+                observation, reward, terminated, _, info = super().step(action)
+                return observation, reward, False, terminated, info
+
+        (cut,) = play(Limited, go, [Episode(2)], context=context)
+        assert cut.stop is StopReason.TRUNCATED and "0 to go" in text_of(cut.final_ids)
+        assert text_of(cut.final_ids).endswith("<|im_start|>assistant\n")
+
+    def test_nothing_follows_an_end_or_a_fault(self):
+        class Broken(Steps):
+            def step(self, action):
+                raise RuntimeError("broken")
+
+        assert play(Steps, go, [Episode(2)])[0].final_ids == ()
+        assert play(Steps, lambda prompt: "what?", [Episode(2)], invalid_action="end")[0].final_ids == ()
+        assert play(Broken, go, [Episode(2)])[0].final_ids == ()
+
+    def test_what_does_not_fit_is_left_out(self):
+        (cut,) = play(Steps, go, [Episode(5)], max_turns=2)
+        length = sum(len(turn.input_ids) + len(turn.action_ids) for turn in cut.turns) + len(cut.final_ids)
+        assert play(Steps, go, [Episode(5)], max_turns=2, max_length=length)[0].final_ids == cut.final_ids
+        (full,) = play(Steps, go, [Episode(5)], max_turns=2, max_length=length - 1)
+        assert full.turns == cut.turns and full.final_ids == ()
+
+    def test_nor_what_leaves_no_room_for_a_reply(self):
+        (whole,) = play(Steps, go, [Episode(5)])
+        room = sum(len(turn.input_ids) + len(turn.action_ids) for turn in whole.turns[:3]) + len(
+            whole.turns[3].input_ids
+        )
+        (full,) = play(Steps, go, [Episode(5)], max_length=room)
+        assert full.stop is StopReason.CONTEXT_FULL and full.final_ids == ()
+
+    def test_after_asking_again(self):
+        (cut,) = play(Steps, lambda prompt: "what?", [Episode(2)], invalid_action="retry", max_turns=1)
+        assert cut.stop is StopReason.MAX_TURNS and "That is no legal action." in text_of(cut.final_ids)
+
+
 class TestPlaces:
     def test_order_and_reuse(self):
         lengths = [5, 1, 1, 4, 2, 1, 3]

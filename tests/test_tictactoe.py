@@ -410,7 +410,7 @@ def test_a_step_needs_a_game():
     ("kwargs", "message"),
     [
         ({"opponent": "mcts"}, "'mcts'.*'optimal'"),
-        ({"opponent": ["random"]}, r"\['random'\].*callable"),
+        ({"opponent": ["random", "clever"]}, r"'random', 'clever'.*callable"),
         ({"seat": "third"}, "'third'.*'second'"),
         ({"seat": None}, "None.*'first'"),
         ({"board": "ascii"}, "'ascii'.*'grid'"),
@@ -468,3 +468,19 @@ def test_pickled_in_the_middle_of_a_game():
     action = env.step("4")[4]["legal_actions"][0]
     copy = pickle.loads(pickle.dumps(env))
     assert copy.step(action) == env.step(action)
+
+
+def test_the_seed_draws_the_opponent_of_a_game():
+    met = []
+
+    def named(name):
+        def play(board, legal_actions, rng):
+            met.append(name)
+            return legal_actions[0]
+
+        return play
+
+    env = TicTacToe(opponent=[named("a"), named("b")], seat="second")
+    for seed in [*range(40), *range(40)]:
+        env.reset(seed=seed)
+    assert met[:40] == met[40:] and set(met) == {"a", "b"}

@@ -133,7 +133,12 @@ class TestWidth:
 
     def test_of_a_model_that_projects_before_its_head(self):
         config = OPTConfig(
-            hidden_size=16, word_embed_proj_dim=8, num_hidden_layers=1, num_attention_heads=1, ffn_dim=16, vocab_size=20
+            hidden_size=16,
+            word_embed_proj_dim=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            ffn_dim=16,
+            vocab_size=20,
         )
         model = AutoModelForCausalLM.from_config(config)
         assert hidden_size_of(model) == 8 == model.model(IDS).last_hidden_state.shape[-1]
@@ -224,7 +229,12 @@ class TestFromARewardModel:
 
     def test_a_head_with_bias(self, tmp_path):
         config = RobertaConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=20, num_labels=1
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            vocab_size=20,
+            num_labels=1,
         )
         reward_model = RobertaForSequenceClassification(config)
         nn.init.normal_(reward_model.classifier.out_proj.bias)

@@ -132,7 +132,7 @@ class Steps:
     bootstraps: list[tuple[int, int] | None]  # of each episode: row and position, where it was truncated
 
     def place(self, turn_values: Sequence[Sequence[float]]) -> torch.Tensor:
-        """One number a turn -> `(N, K)`: at the turn's last step, or at the one before if nothing was sampled in it."""
+        """One number a turn -> `(N, K)`: at the turn's last step, or the one before if nothing was sampled in it."""
         placed = torch.zeros(self.mask.shape)  # (N, K)
         for number, (ends, values) in enumerate(zip(self.ends, turn_values, strict=True)):
             if not ends:
@@ -181,8 +181,11 @@ def steps_of(rows: Sequence[Row], n_episodes: int, width: int, by_turn: bool) ->
         if row.bootstrap is not None:
             bootstraps[row.episode] = (number, row.bootstrap)
     length = max(map(len, found), default=0) or 1
-    padded = torch.tensor([steps + [(0, 0)] * (length - len(steps)) for steps in found]).reshape(n_episodes, length, 2)
-    mask = torch.arange(length) < torch.tensor([len(steps) for steps in found])[:, None]
+    padded = torch.zeros(n_episodes, length, 2, dtype=torch.long)
+    for number, steps in enumerate(found):
+        if steps:
+            padded[number, : len(steps)] = torch.tensor(steps)
+    mask = torch.arange(length) < torch.tensor([len(steps) for steps in found], dtype=torch.long)[:, None]
     return Steps(padded[..., 0], padded[..., 1], mask, index, ends, bootstraps)
 
 

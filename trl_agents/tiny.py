@@ -149,6 +149,7 @@ def make_tiny_model(
     context: str = "chat",
     window: int | None = None,
     parser: ActionParser | None = None,
+    batch_size: int = 4,
     disable_tqdm: bool = False,
     **sft_kwargs: Any,
 ) -> str:
@@ -167,10 +168,12 @@ def make_tiny_model(
         seed (`int`, *optional*, defaults to `0`):
             Seeds the weights, the episodes (none of which training or evaluation meets again) and the order of both.
         agent ([`Agent`], *optional*):
-            Whose episodes. Defaults to a random player that repeats itself half of the time, so that transcripts show
-            both: going on and changing.
+            Whose episodes. Defaults to a random player that repeats itself a quarter of the time, so that transcripts
+            show both: going on and changing.
         rationale, context, window, parser (*optional*):
             As for [`play_transcripts`].
+        batch_size (`int`, *optional*, defaults to `4`):
+            Episodes a step, over all processes.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to train without a progress bar.
         **sft_kwargs:
@@ -180,20 +183,19 @@ def make_tiny_model(
         `str`: `output_dir`, for `from_pretrained`.
     """
     seeds = range(TRANSCRIPT_SEEDS + seed * n_transcripts, TRANSCRIPT_SEEDS + (seed + 1) * n_transcripts)
-    agent = agent or RandomAgent(repeat=0.5)
+    agent = agent or RandomAgent(repeat=0.25)
     dataset = play_transcripts(env, agent, seeds, parser=parser, rationale=rationale, context=context, window=window)
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
     tokenizer = tiny_tokenizer(texts, phrases=_standing_lines(env))
     model = tiny_model(tokenizer, seed=seed)
-    # Four episodes a step on any number of processes (at least one on each)
-    batch_size = max(4 // PartialState().num_processes, 1)
+    batch_size_here = max(batch_size // PartialState().num_processes, 1)
     # Loss on all tokens, not only the replies: reading an episode is what teaches the model to look things up in it
     defaults = {
         "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 20,
-        "per_device_train_batch_size": batch_size,
-        "max_steps": max(n_transcripts // 4, 1),
+        "per_device_train_batch_size": batch_size_here,
+        "max_steps": max(n_transcripts // batch_size, 1),
         "max_length": None,
         "bf16": False,
         "gradient_checkpointing": False,

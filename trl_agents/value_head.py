@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,20 @@ class ValueHead(nn.Linear):
         """Become a submodule of `model`, a causal language model without its adapter wrapper."""
         setattr(model, VALUE_HEAD_NAME, self.to(model.device))
         model.base_model.register_forward_hook(self._hear)
+        model.register_forward_hook(self._show)
         return self
 
     def _hear(self, trunk: nn.Module, args: tuple, output: Any) -> None:
         if self._heard is not None:
             self._heard.append(self(output.last_hidden_state))
+
+    def _show(self, model: nn.Module, args: tuple, output: Any) -> None:
+        # DistributedDataParallel takes for unused what it does not find behind the outputs, and then fails. It takes
+        # outputs apart and builds them anew, so the values have to travel in a field that they have.
+        if self._heard and torch.is_grad_enabled() and is_dataclass(output):
+            empty = [field.name for field in fields(output) if getattr(output, field.name) is None]
+            if empty:
+                output[empty[-1]] = self._heard[-1]
 
     @contextmanager
     def listen(self) -> Iterator[list[torch.Tensor]]:

@@ -169,6 +169,13 @@ def noisy_opponent(board: str, legal_actions: list[str], rng: np.random.Generato
     return play(board, legal_actions, rng)
 
 
+BUILT_IN_OPPONENTS: dict[str, Opponent] = {
+    "random": random_opponent,
+    "noisy": noisy_opponent,
+    "optimal": optimal_opponent,
+}
+
+
 class TicTacToe(gymnasium.Env[str, str]):
     r"""
     Tic-tac-toe against an opponent that is part of the environment: a step is the agent's move and the opponent's
@@ -195,11 +202,12 @@ class TicTacToe(gymnasium.Env[str, str]):
     | optimal | +0.97 / +0.78  | +0.73 / +0.47 | 0 / 0           |
 
     Args:
-        opponent (`str` or callable, *optional*, defaults to `"random"`):
+        opponent (`str`, callable or list, *optional*, defaults to `"random"`):
             `"random"`, `"noisy"` (half of its moves random, the others optimal), `"optimal"`, or any player
             `opponent(board, legal_actions, rng) -> action`: `board` is nine digits as the opponent sees them ("1" is
             the opponent itself); `legal_actions` and the answer are spelled as for the agent. [`TicTacToe.describe`]
-            writes such a board as the agent would read it, so that a policy can play against itself.
+            writes such a board as the agent would read it, so that a policy can play against itself. A list of these:
+            the seed draws one for each game.
         seat (`str`, *optional*, defaults to `"first"`):
             Whether the agent moves `"first"` or `"second"`; `"random"` lets the seed decide in every game.
         show_legal_actions (`bool`, *optional*, defaults to `True`):
@@ -218,16 +226,17 @@ class TicTacToe(gymnasium.Env[str, str]):
     def __init__(
         self,
         *,
-        opponent: Literal["random", "noisy", "optimal"] | Opponent = "random",
+        opponent: str | Opponent | Sequence[str | Opponent] = "random",
         seat: Literal["first", "second", "random"] = "first",
         show_legal_actions: bool = True,
         board: Literal["digits", "grid"] = "digits",
         reasoning: bool = True,
     ):
-        if not callable(opponent) and opponent not in ("random", "noisy", "optimal"):
+        opponents = list(opponent) if isinstance(opponent, (list, tuple)) else [opponent]
+        if not opponents or not all(callable(one) or isinstance(one, str) and one in BUILT_IN_OPPONENTS for one in opponents):
             raise ValueError(
-                f"opponent={opponent!r} is unknown. Use one of 'random', 'noisy', 'optimal', or a callable "
-                "`(board, legal_actions, rng) -> action`."
+                f"opponent={opponent!r} is unknown. Use one of {', '.join(map(repr, BUILT_IN_OPPONENTS))}, a callable "
+                "`(board, legal_actions, rng) -> action`, or a list of these."
             )
         if seat not in ("first", "second", "random"):
             raise ValueError(f"seat={seat!r} is unknown. Use one of 'first', 'second', 'random'.")
@@ -243,8 +252,8 @@ class TicTacToe(gymnasium.Env[str, str]):
         self.action_space = Labels(self._names)
         self.observation_space = Text(512, charset=string.printable)
 
-        built_in = {"random": random_opponent, "noisy": noisy_opponent, "optimal": optimal_opponent}
-        self._player = opponent if callable(opponent) else built_in[opponent]
+        self._opponents = [one if callable(one) else BUILT_IN_OPPONENTS[one] for one in opponents]
+        self._player = self._opponents[0]
         self._position: str | None = None  # nine digits, the agent is "1"; None: no game is on
         self._seat_now = seat
         self._luck = 0
@@ -269,6 +278,7 @@ class TicTacToe(gymnasium.Env[str, str]):
         self._luck = int(self.np_random.integers(2**32))
         coin = ("first", "second")[self.np_random.integers(2)]
         self._seat_now = coin if self.seat == "random" else self.seat
+        self._player = self._opponents[self.np_random.integers(len(self._opponents))]
         self._position = _EMPTY if self._seat_now == "first" else self._answer(_EMPTY)
         return self.describe(self._position), self._info(self._position)
 

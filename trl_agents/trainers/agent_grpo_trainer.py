@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import shutil
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from ..rollout.workers import EnvPool
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import card_section
-from .checks import check_dataset, check_settings
+from .checks import check_dataset, check_environment, check_settings
 
 
 # Beside a checkpoint's weights.
@@ -42,7 +43,7 @@ MEMORY_FILE = "agent_state.json"
 
 
 class _Memorize(TrainerCallback):
-    """Writes the trainer's memory into each checkpoint."""
+    """Writes the trainer's memory into each checkpoint, and lets what lies beside the weights go to the Hub too."""
 
     def __init__(self, trainer: AgentGRPOTrainer):
         self.trainer = trainer
@@ -51,6 +52,14 @@ class _Memorize(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             (folder / MEMORY_FILE).write_text(json.dumps(self.trainer.memory(), indent=2), encoding="utf-8")
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        # A checkpoint is pushed before it counts as saved, and of its files only those that `Trainer` knows
+        self.on_save(args, state, control)
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for name in self.trainer.files_beside:
+            if state.is_world_process_zero and (folder / name).is_file():
+                shutil.copy(folder / name, Path(args.output_dir) / name)
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -106,6 +115,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
     """
 
     env_pool: EnvPool | None = None
+    files_beside: tuple[str, ...] = ()  # what is saved beside the model's own weights
 
     _tag_names = ["trl", "grpo", "trl-agents"]
     _name = "AgentGRPO"
@@ -160,7 +170,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             eval_dataset = episode_dataset(validation_seeds(args.num_eval_seeds))
         check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
         check_dataset(eval_dataset)
-        self.briefing = self._probe(args, next(iter(train_dataset)))
+        self.briefing = check_environment(self.env_factory, self.action_parser, args, next(iter(train_dataset)))
         if kwargs.get("reward_processing_classes") is not None:
             classes = kwargs["reward_processing_classes"]
             kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
@@ -185,30 +195,6 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
         self.lost_rollouts = 0  # in a row, in which every episode was lost to a fault
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
-
-    # -- checks, all before anything is loaded or written ------------------------------------------------------------
-
-    def _probe(self, args: AgentGRPOConfig, row: dict[str, Any]) -> Briefing:
-        """Start the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
-        env = self.env_factory()
-        try:
-            _, info = env.reset(seed=row["seed"], options=row.get("options"))
-            if not isinstance(getattr(env, "instructions", None), str):
-                raise ValueError(
-                    f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
-                    "begins. Give it that attribute."
-                )
-            legal_actions = info.get("legal_actions")
-            if legal_actions:
-                self.action_parser.check_legal_actions(legal_actions)
-            elif args.invalid_action == "random":
-                raise ValueError(
-                    "invalid_action='random' needs legal actions to choose from, but this environment's `reset` gives "
-                    "no info['legal_actions']. Use invalid_action='retry' or 'end', or let the environment list them."
-                )
-            return Briefing.of(env)
-        finally:
-            env.close()
 
     # -- playing -----------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,9 @@ class AgentPPOConfig(AgentGRPOConfig):
         value_clip (`float`, *optional*, defaults to `0.2`):
             How far a value may move from its old one within a rollout (all papers: 0.2). None clips nothing.
         value_head_init (`str`, *optional*, defaults to `"zeros"`):
-            `"zeros"`, `"normal"` (standard deviation 1 / sqrt(hidden size + 1)), or a reward model whose head to start
-            from. Wherever the model comes with a saved value head, that one is loaded.
+            `"zeros"`, `"normal"` (standard deviation 1 / sqrt(hidden size + 1)), a folder with a saved value head, or a
+            reward model whose head to start from. A value head saved beside the model is loaded unless a folder
+            with another is named; one beside a trained adapter is not found by itself: name its folder here.
         value_learning_rate (`float`, *optional*):
             Learning rate of the head. Defaults to `learning_rate`.
         detach_value_head (`bool`, *optional*, defaults to `False`):
@@ -118,7 +119,7 @@ class AgentPPOConfig(AgentGRPOConfig):
     )
     value_head_init: str = field(
         default="zeros",
-        metadata={"help": "'zeros', 'normal', or a reward model whose head to start from."},
+        metadata={"help": "'zeros', 'normal', a folder with a saved value head, or a reward model to start from."},
     )
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the value head. Default: learning_rate."}

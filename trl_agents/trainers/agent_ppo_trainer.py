@@ -15,6 +15,7 @@ from ..batch import NO_TURN, Row, Steps, steps_of
 from ..losses import adapt_kl_coef, clipped_value_loss, explained_variance, kl_k1
 from ..returns import generalized_advantages
 from ..value_head import (
+    VALUE_HEAD_FILE,
     VALUE_HEAD_NAME,
     ValueHead,
     hidden_size_of,
@@ -66,6 +67,7 @@ class AgentPPOTrainer(AgentGRPOTrainer):
     """
 
     has_critic = True
+    files_beside = (VALUE_HEAD_FILE,)
 
     _tag_names = ["trl", "ppo", "trl-agents"]
     _name = "AgentPPO"
@@ -111,18 +113,16 @@ class AgentPPOTrainer(AgentGRPOTrainer):
         model, init = self.causal_lm, self.args.value_head_init
         head = ValueHead(hidden_size_of(model), self.args.detach_value_head)
         name = self.model.name_or_path or model.name_or_path
-        adapter = getattr(self.model, "peft_config", None)
-        if not (name and head.load(name)) and not (adapter and self._load_from_adapter(head)):
+        named = init not in ("zeros", "normal")
+        # A trained adapter's head lies beside the adapter, whose folder a model with an adapter does not remember
+        if not (named and head.load(init)) and not (name and head.load(name)):
             if init == "normal":
-                nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-            elif init != "zeros":
+                # The same on every process, which by now have random numbers of their own
+                generator = torch.Generator(head.weight.device).manual_seed(self.args.seed)
+                nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
+            elif named:
                 head.load_reward_model(init)
         return head.attach(model)
-
-    def _load_from_adapter(self, head: ValueHead) -> bool:
-        """A trained adapter's head lies beside the adapter, not beside the base model."""
-        folder = getattr(self.model, "_hf_adapter_path", None)
-        return bool(folder) and head.load(folder)
 
     def _hide_from(self, owner: Any, method: str) -> None:
         call = getattr(owner, method)
@@ -333,7 +333,9 @@ class AgentPPOTrainer(AgentGRPOTrainer):
         return policy
 
     def load_beside(self, folder):
-        if not self.is_fsdp_enabled and not self.value_head.load(folder):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # their own checkpoints hold it, shards and all
+        if not self.value_head.load(folder):
             warn_of_missing_head(folder)
 
     def memory(self):

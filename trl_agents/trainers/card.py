@@ -11,7 +11,6 @@ from .agent_grpo_config import AgentGRPOConfig
 CARD_SETTINGS = (
     "context",
     "max_completion_length",
-    "advantage_estimator",
     "discount",
     "num_generations",
     "reward_normalization",
@@ -21,6 +20,8 @@ CARD_SETTINGS = (
     "learning_rate",
     "temperature",
 )
+GROUP_SETTINGS = ("advantage_estimator", "scale_rewards")
+CRITIC_SETTINGS = ("advantage_level", "gae_lambda", "value_coef", "value_clip", "num_iterations", "kl_in")
 
 
 def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results: str) -> str:
@@ -62,10 +63,11 @@ tokenizer = AutoTokenizer.{load}
 for episode in {call}):
     print(episode, end="\\n\\n")
 """
+    names = CARD_SETTINGS + (CRITIC_SETTINGS if args.has_critic else GROUP_SETTINGS)
     settings = [
         ("environment", f"`{env}` {_cell(env_kwargs)}"),
         ("actions", f"`{_cell(parser)}`"),
-        *((name, f"`{getattr(args, name)}`") for name in CARD_SETTINGS),
+        *((name, f"`{getattr(args, name)}`") for name in names),
     ]
     table = "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
     achieved = f"\n## Results\n\n{results}\n" if results else ""
