@@ -247,6 +247,7 @@ def test_the_score_is_on_the_last_action_and_the_kl_on_every_one(make_trainer, k
     junk["ref_per_token_logps"][0, 3:] = -9.0
     padded = credited(trainer, [1.0], answers(GOLDEN, width=5, **junk))
     assert_row(padded["advantages"], [*expected, 0, 0])
+    assert trainer._metrics["train"]["agents/kl_mean"] == [pytest.approx(0.1)] * 2
 
 
 def test_returns_are_of_the_raw_advantages(make_trainer):
@@ -670,9 +671,13 @@ def test_loss_aggregation(make_trainer, loss_type):
 def test_accumulated_gradients_are_those_of_one_batch(make_trainer, loss_type):
     completions = [[50, EOS], [51, 52, 53, EOS], [EOS], [54, 55, 56, 57, EOS]] * 2
     found = []
-    for steps in (1, 4):
+    for steps, accumulation in ((1, 1), (4, 4), (4, 2)):  # the last: two updates a rollout, which are twice as much
         trainer = make_trainer(
-            env=None, loss_type=loss_type, per_device_train_batch_size=8 // steps, gradient_accumulation_steps=steps
+            env=None,
+            loss_type=loss_type,
+            per_device_train_batch_size=8 // steps,
+            steps_per_generation=steps,
+            gradient_accumulation_steps=accumulation,
         )
         perturb(trainer.model)
         batch = credited(trainer, [1.0, -1.0, 0.5, 2.0, 0.0, -2.0, 1.0, 0.3], answers(*completions))
@@ -681,8 +686,10 @@ def test_accumulated_gradients_are_those_of_one_batch(make_trainer, loss_type):
             rows = slice(part * 8 // steps, (part + 1) * 8 // steps)
             micro = {name: value if value.ndim == 0 else value[rows] for name, value in batch.items()}
             trainer.compute_loss(trainer.model, micro).backward()
-        found.append({name: value.grad.clone() for name, value in trainer.model.named_parameters()})
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-6)
+        share = accumulation / steps
+        found.append({name: share * value.grad for name, value in trainer.model.named_parameters()})
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=2e-6)
     assert found[0]["value_head.weight"].abs().max() > 1e-3
 
 
@@ -691,8 +698,6 @@ def test_policy_and_value_gradients_add_up(make_trainer):
         trainer = make_trainer(acts("ab?", "s", "as", "bbb"), env_kwargs={"actions": "abs"}, **config)
         perturb(trainer.model)
         batch = generate(trainer)
-        if config.get("policy") is False:
-            batch["advantages"] *= 0
         return loss_and_gradients(trainer, batch)[1], trainer, batch
 
     policy, trainer, batch = gradients(value_coef=0.0)

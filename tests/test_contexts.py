@@ -328,7 +328,8 @@ class TestWindow:
         env = TicTacToe(opponent=lambda board, legal_actions, rng: legal_actions[0])
         first, second, third = window_texts(env, ["4", "8"])
         assert first == (
-            f"{env.instructions}\nSo far you have tried/seen:\nLegal actions: 0,1,2,3,4,5,6,7,8\nStep=0 State=000000000\nWhat do you predict next?"
+            f"{env.instructions}\nSo far you have tried/seen:\nLegal actions: 0,1,2,3,4,5,6,7,8\n"
+            "Step=0 State=000000000\nWhat do you predict next?"
         )
         assert second == (
             f"{env.instructions}\nSo far you have tried/seen:\nStep=0 State=000000000 Action=4 Reward=0\n"

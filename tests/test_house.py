@@ -36,7 +36,7 @@ LAYERS = [
     (2, ["data"]),
     (3, ["_trl"]),
     (3, ["evaluation"]),
-    (3, ["self_play"]),
+    (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
     (4, ["tiny"]),
     (4, ["plots"]),

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from scripted import Pay, ScriptedBackend, acts, make_config, ready, save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, training_args
 
 from trl_agents import AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer
 from trl_agents.value_head import VALUE_HEAD_FILE
@@ -217,6 +217,7 @@ def zero_trainer(model_dir, folder, stage=None, **settings):
     }
     if stage is not None:
         start_deepspeed()
+        training_args.is_torch_bf16_gpu_available = lambda: True  # asked for because `use_cpu` is off
         defaults |= {
             "deepspeed": zero_config(int(stage)),
             "use_cpu": False,
@@ -257,7 +258,7 @@ def zero_job(model_dir, folder, stage, settings="{}", resume=""):
     trainer = zero_trainer(model_dir, folder, stage, **json.loads(settings))
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
-    rates = [group["lr"] for group in trainer.optimizer.param_groups if group["params"]]
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
     found = outcome(trainer) | {"rates": rates, "dtype": str(trainer.value_head.weight.dtype)}
     if os.environ["RANK"] == "0":
         Path(folder, "found.json").write_text(json.dumps(found))

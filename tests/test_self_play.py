@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from scripted import ScriptedBackend, make_config, save_tiny_model
 
+import trl_agents.model_opponent as model_opponent
 import trl_agents.self_play as self_play
 from trl_agents import AgentGRPOTrainer, ModelOpponent, OpponentPool, make_env
 from trl_agents.contexts import Briefing, make_context
@@ -139,7 +140,7 @@ def test_replies_come_out_of_rng(opponent, model, tokenizer):
     # Random weights state no action, so the moves above are the luck's: here the sampled tokens themselves
     def replies(seeds):
         prompt_ids = opponent._read("000000000")
-        questions = [self_play._Question(prompt_ids, np.random.default_rng(seed)) for seed in seeds]
+        questions = [model_opponent._Question(prompt_ids, np.random.default_rng(seed)) for seed in seeds]
         return [opponent._ask(question).ids for question in questions]
 
     first = replies(range(4))

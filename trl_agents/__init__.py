@@ -14,7 +14,7 @@ _EXPORTS = {
     "AgentGRPOTrainer": "trainers.agent_grpo_trainer",
     "AgentPPOConfig": "trainers.agent_ppo_config",
     "AgentPPOTrainer": "trainers.agent_ppo_trainer",
-    "ModelOpponent": "self_play",
+    "ModelOpponent": "model_opponent",
     "OpponentPool": "self_play",
     "check_env": "envs",
     "check_run": "trainers.checks",
@@ -26,7 +26,8 @@ __all__ = ["__version__", *_EXPORTS]
 if TYPE_CHECKING:
     from .actions import ActionParser
     from .envs import check_env, make_env
-    from .self_play import ModelOpponent, OpponentPool
+    from .model_opponent import ModelOpponent
+    from .self_play import OpponentPool
     from .trainers.agent_grpo_config import AgentGRPOConfig
     from .trainers.agent_grpo_trainer import AgentGRPOTrainer
     from .trainers.agent_ppo_config import AgentPPOConfig

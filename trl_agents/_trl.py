@@ -42,7 +42,7 @@ SEAM = {
 }
 # Likewise, of which only the first parameters are relied on.
 SEAM_PREFIXES = {
-    "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
 }
 
 __all__ = ["GRPOConfig", "RolloutGRPOTrainer", "RolloutRows", "SFTConfig", "SFTTrainer", "check_trl"]
@@ -214,11 +214,13 @@ class RolloutGRPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _keeping_dtypes(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_beside(resume_from_checkpoint)
 
     def _load_best_model(self):
-        super()._load_best_model()
+        with _keeping_dtypes(self.model):
+            super()._load_best_model()
         self.load_beside(self.state.best_model_checkpoint)
 
     def _correct_advantages(self, batch: dict[str, Any]) -> None:
@@ -342,6 +344,16 @@ class RolloutGRPOTrainer(GRPOTrainer):
                 return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
         return BatchBackend(generate, keep_in_step)
+
+
+@contextmanager
+def _keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
+    """PEFT loads adapters in float32, also where TRL trains them in bfloat16: a resumed run would be another run."""
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != dtypes.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def _emptied(logs: dict[str, Any]) -> dict[str, Any]:

@@ -103,14 +103,10 @@ class ValueHead(nn.Linear):
     def load_reward_model(self, name: str, **kwargs: Any) -> None:
         """Start from the head of a reward model, a sequence classifier with one label of the same width."""
         reward_model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **kwargs)
-        head = next(
-            (
-                module
-                for module_name, module in reward_model.named_modules()
-                if isinstance(module, nn.Linear) and module.out_features == 1 and module_name.endswith(("score", "out_proj"))
-            ),
-            None,
-        )
+        names = ("score", "out_proj")  # of decoders, and of encoders
+        linear = {name: module for name, module in reward_model.named_modules() if isinstance(module, nn.Linear)}
+        heads = [module for name, module in linear.items() if name.endswith(names) and module.out_features == 1]
+        head = heads[-1] if heads else None
         if head is None:
             raise ValueError(
                 f"{name!r} has no linear head `score` with one output: give a reward model as TRL's RewardTrainer "

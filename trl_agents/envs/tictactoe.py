@@ -233,7 +233,9 @@ class TicTacToe(gymnasium.Env[str, str]):
         reasoning: bool = True,
     ):
         opponents = list(opponent) if isinstance(opponent, (list, tuple)) else [opponent]
-        if not opponents or not all(callable(one) or isinstance(one, str) and one in BUILT_IN_OPPONENTS for one in opponents):
+        if not opponents or not all(
+            callable(one) or isinstance(one, str) and one in BUILT_IN_OPPONENTS for one in opponents
+        ):
             raise ValueError(
                 f"opponent={opponent!r} is unknown. Use one of {', '.join(map(repr, BUILT_IN_OPPONENTS))}, a callable "
                 "`(board, legal_actions, rng) -> action`, or a list of these."

@@ -322,7 +322,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         finally:
             self.close_environments()
 
-    # -- what a resumed run must not have forgotten --------------------------------------------------------------------
+    # -- what a resumed run must not have forgotten -------------------------------------------------------------------
 
     def memory(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights, optimizer and random states; JSON. Subclasses add their own."""

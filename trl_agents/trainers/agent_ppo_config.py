@@ -51,8 +51,8 @@ class AgentPPOConfig(AgentGRPOConfig):
         value_clip (`float`, *optional*, defaults to `0.2`):
             How far a value may move from its old one within a rollout (all papers: 0.2). None clips nothing.
         value_head_init (`str`, *optional*, defaults to `"zeros"`):
-            `"zeros"`, `"normal"` (standard deviation 1 / sqrt(hidden size + 1)), a folder with a saved value head, or a
-            reward model whose head to start from. A value head saved beside the model is loaded unless a folder
+            `"zeros"`, `"normal"` (standard deviation 1 / sqrt(hidden size + 1)), a folder with a saved value head, or
+            a reward model whose head to start from. A value head saved beside the model is loaded unless a folder
             with another is named; one beside a trained adapter is not found by itself: name its folder here.
         value_learning_rate (`float`, *optional*):
             Learning rate of the head. Defaults to `learning_rate`.
@@ -80,7 +80,9 @@ class AgentPPOConfig(AgentGRPOConfig):
 
     num_generations: int | None = field(
         default=1,
-        metadata={"help": "Episodes or completions that share a seed or prompt. The critic is the baseline: 1 is enough."},
+        metadata={
+            "help": "Episodes or completions that share a seed or prompt. The critic is the baseline: 1 is enough."
+        },
     )
     advantage_level: str = field(
         default="auto",
@@ -138,13 +140,15 @@ class AgentPPOConfig(AgentGRPOConfig):
     kl_in: str = field(
         default="reward",
         metadata={
-            "help": "Where the KL penalty goes: into the tokens' rewards (k1; RLHF, ReFT) or into the loss (k3; GRPO).",
+            "help": "Where the KL penalty goes: into the tokens' rewards (k1: RLHF, ReFT) or the loss (k3: GRPO).",
             "choices": list(_CHOICES["kl_in"]),
         },
     )
     kl_target: float | None = field(
         default=None,
-        metadata={"help": "KL per episode to hold by adapting beta (lm-human-preferences: 6). Default: beta is fixed."},
+        metadata={
+            "help": "KL per episode to hold by adapting beta (lm-human-preferences: 6). Default: beta is fixed."
+        },
     )
     kl_horizon: int = field(default=10000, metadata={"help": "Episodes over which beta adapts."})
     disable_dropout: bool = field(
@@ -168,8 +172,8 @@ class AgentPPOConfig(AgentGRPOConfig):
                 raise ValueError(f"{name}={value!r}: give a positive number.")
         if self.kl_target is not None and self.beta == 0.0:
             raise ValueError(
-                f"kl_target={self.kl_target} adapts beta from where it starts, and beta=0.0 stays 0: start it at 0.05, "
-                "say."
+                f"kl_target={self.kl_target} adapts beta from where it starts, and beta=0.0 stays 0: start it at "
+                "0.05, say."
             )
         if self.missing_eos_reward is not None and self.missing_eos_penalty is not None:
             raise ValueError(
@@ -207,8 +211,8 @@ class AgentPPOConfig(AgentGRPOConfig):
             self.num_generations = self.per_device_train_batch_size * steps
         if self.num_generations < 2:
             raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} and {steps} steps a rollout leave one "
-                "episode to learn from at a time. Raise per_device_train_batch_size or gradient_accumulation_steps."
+                f"per_device_train_batch_size={self.per_device_train_batch_size} and {steps} gradient accumulation steps leave "
+                "one episode to learn from at a time. Raise one of them."
             )
         self.num_generations_eval = eval_generations or 1
         super().__post_init__()

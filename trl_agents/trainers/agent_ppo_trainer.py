@@ -101,7 +101,7 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             raise ValueError(f"`args` is a `{type(args).__name__}`: pass an `AgentPPOConfig`.")
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, env=env, **kwargs)
         self.value_head = self._make_value_head()
-        self._values: torch.Tensor | None = None  # (B, T + 1) of the latest forward pass
+        self._readings: list[torch.Tensor] = []  # (B, T + 1) of each forward pass since the last use
         # Whatever walks over the policy's parameters beside those of another model must not meet the head
         if self.use_vllm:
             self._hide_from(self.vllm_generation, "sync_weights")
@@ -122,6 +122,9 @@ class AgentPPOTrainer(AgentGRPOTrainer):
                 nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
             elif named:
                 head.load_reward_model(init)
+        if self.is_deepspeed_enabled:
+            # Stage 3 shards parameters of one type only; the optimizer's own copies are in float32 at all stages
+            head = head.to(next(p.dtype for p in self.model.parameters() if p.requires_grad))
         return head.attach(model)
 
     def _hide_from(self, owner: Any, method: str) -> None:
@@ -141,14 +144,18 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             yield
         if heard:  # not of the reference model, which has no head
             # Value t is that of the state before completion token t is sampled; the last one follows all tokens
-            self._values = torch.cat(heard)[:, -width - 1 :]  # (B, T + 1)
+            self._readings.append(torch.cat(heard)[:, -width - 1 :])  # (B, T + 1)
 
     def _values_of(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities `(B, T)` and values `(B, T + 1)` under the policy that played."""
-        logps = self.score_batch(batch)
-        values, self._values = self._values, None
-        old_logps = batch.get("old_per_token_logps")
-        return (logps if old_logps is None else old_logps), values
+        logps = batch.get("old_per_token_logps")
+        if logps is None:  # TRL needs none when it makes one update of a rollout
+            self._readings.clear()
+            logps = self.score_batch(batch)
+        # The first: TRL may have read the reference after it, which is the same trunk without its adapter
+        values = self._readings[0]
+        self._readings.clear()
+        return logps, values
 
     # -- credit ------------------------------------------------------------------------------------------------------
 
@@ -281,7 +288,8 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             policy_loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             self.beta = beta
-        values, self._values = self._values[:, :-1], None
+        values = self._readings[-1][:, :-1]  # (B, T)
+        self._readings.clear()
         loss = self.args.value_coef * self._value_loss(values, inputs)
         # Times 0, not left out: every parameter keeps a gradient, which data-parallel wrappers wait for
         return loss + (0.0 if only_critic else 1.0) * policy_loss
