@@ -46,7 +46,7 @@ class ScriptedPPOTrainer(AgentPPOTrainer):
         return self._values_of(batch)
 
 
-def launch(job, *arguments, n_processes=2, timeout=240):
+def launch(job, *arguments, n_processes=2, timeout=600):
     """Runs `JOBS[job]` of this file in `n_processes` processes that know of each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

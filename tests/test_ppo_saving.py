@@ -32,7 +32,7 @@ class ScriptedPPOTrainer(ScriptedTrainer, AgentPPOTrainer):
     """The real trainer, whose model's replies are written down."""
 
 
-def make(folder, model, *, script=SCRIPT, kind="full", callbacks=None, **settings):
+def make(folder, model, *, script=SCRIPT, kind="full", callbacks=None, optimizers=(None, None), **settings):
     """A trainer of two steps that writes a checkpoint after each."""
     defaults = {
         "num_generations": 1,
@@ -42,7 +42,7 @@ def make(folder, model, *, script=SCRIPT, kind="full", callbacks=None, **setting
         "save_strategy": "steps",
         "save_steps": 1,
     }
-    kwargs = {"callbacks": callbacks}
+    kwargs = {"callbacks": callbacks, "optimizers": optimizers}
     if isinstance(model, str):  # else the adapter is on it already
         if kind != "full":
             kwargs["peft_config"] = LoraConfig(**LORA)
@@ -144,6 +144,17 @@ def test_resumed_under_another_learning_rate_of_its_own(model_dir, tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert same(head_of(resumed), head_of(whole)) and same(moments_of(resumed), moments_of(whole))
     assert told(resumed) == told(whole)
+
+
+@pytest.mark.parametrize("rate", [None, 3e-3])
+def test_an_optimizer_of_ones_own_learns_the_head(model_dir, tmp_path, rate):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    trainer = make(tmp_path / "out", model, value_learning_rate=rate, max_steps=1, optimizers=(optimizer, None))
+    before = head_of(trainer)
+    trainer.train()
+    step = (head_of(trainer)["weight"] - before["weight"]).abs().max()
+    assert step == pytest.approx(rate or 1e-3, rel=0.01)  # of Adam's first step
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -130,11 +130,11 @@ def test_the_card_runs_the_agent(short_run):
     assert result.stdout.count("Step=19") == 8
 
 
-@pytest.mark.long
 @pytest.mark.slow
-def test_the_default_recipe_learns(tmp_path):
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
+def test_the_default_recipe_learns(tmp_path, seed):
     """The main promise: regret from the random player's to below UCB's, within minutes."""
-    result = run("grpo_bandit.py", "--output_dir", tmp_path, "--disable_tqdm", "true", timeout=3000)
+    result = run("grpo_bandit.py", "--output_dir", tmp_path, "--seed", seed, "--disable_tqdm", "true", timeout=3000)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     regret = metrics["regret"]

@@ -203,7 +203,7 @@ class AgentPPOConfig(AgentGRPOConfig):
         if generations != 1:
             super().__post_init__()
             return
-        # Stands in for the group while TRL looks: the least number that divides every generation batch and is not 1
+        # Stands in for the group while TRL looks: a number that divides the generation batch and is not 1
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         if self.generation_batch_size is not None:
             self.num_generations = self.generation_batch_size
@@ -211,7 +211,7 @@ class AgentPPOConfig(AgentGRPOConfig):
             self.num_generations = self.per_device_train_batch_size * steps
         if self.num_generations < 2:
             raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} and {steps} gradient accumulation steps leave "
+                f"per_device_train_batch_size={self.per_device_train_batch_size} and {steps} accumulation steps leave "
                 "one episode to learn from at a time. Raise one of them."
             )
         self.num_generations_eval = eval_generations or 1

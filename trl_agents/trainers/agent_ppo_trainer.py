@@ -323,13 +323,15 @@ class AgentPPOTrainer(AgentGRPOTrainer):
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
         learning_rate = self.args.value_learning_rate
-        if learning_rate is None:
-            return optimizer
         named = (self.model if model is None else model).named_parameters()
         head = {id(parameter): parameter for name, parameter in named if f"{VALUE_HEAD_NAME}." in name}
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if learning_rate is None and head.keys() <= known:  # an optimizer made by the user knows no head
+            return optimizer
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-        optimizer.add_param_group({"params": list(head.values()), "lr": learning_rate, "weight_decay": 0.0})
+        own_rate = {} if learning_rate is None else {"lr": learning_rate}
+        optimizer.add_param_group({"params": list(head.values()), "weight_decay": 0.0, **own_rate})
         return optimizer
 
     # -- saving ------------------------------------------------------------------------------------------------------
