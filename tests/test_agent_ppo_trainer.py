@@ -202,6 +202,8 @@ def answers(*completions, prompts=None, pad=PAD, width=0, left=0, **tensors):
 
 def credited(trainer, rewards, batch):
     """The batch with the credit that the trainer assigns for `rewards`."""
+    if "old_per_token_logps" in batch:  # TRL has scored it then
+        trainer.score_batch(batch)
     return batch | trainer.assign_credit(None, torch.tensor(rewards), batch)
 
 
