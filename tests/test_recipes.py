@@ -204,7 +204,7 @@ def test_the_card_plays_the_game(short_games):
     [
         (["--env_id", "trl_agents/Bandit-v0", "--env_kwargs", "{}"], "'trl_agents/Bandit-v0' is not tic-tac-toe"),
         (["--env_kwargs", '{"seat": "third"}'], "seat='third'"),
-        (["--self_play", "true"], "opponent='noisy' has no effect with self_play"),
+        (["--self_play", "true"], "opponent=.*'noisy'.* has no effect with self_play"),
         (["--action_pattern", r"ACTION=([1-9])"], "No pattern can produce the legal action '0'"),
     ],
     ids=["another game", "the seat", "two opponents", "an unreachable action"],

@@ -116,6 +116,9 @@ class RolloutGRPOTrainer(GRPOTrainer):
         """Open during every forward pass that scores `width` completion tokens: a critic reads along."""
         return nullcontext()
 
+    def forget_readings(self) -> None:
+        """Called before a rollout: what was read before it belongs to other rows."""
+
     def state_dict_to_save(self, output_dir: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What of the model's weights belongs into its own file."""
         return state_dict
@@ -132,6 +135,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         if not self.plays and not self.has_critic:
             return super()._generate_and_score_completions(inputs)
+        self.forget_readings()
         rollout = self.roll_out(inputs) if self.plays else None
         batch = self._score(rollout, inputs) if self.plays else super()._generate_and_score_completions(inputs)
         n_rows = len(batch["completion_ids"])

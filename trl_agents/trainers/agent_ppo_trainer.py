@@ -146,6 +146,9 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             # Value t is that of the state before completion token t is sampled; the last one follows all tokens
             self._readings.append(torch.cat(heard)[:, -width - 1 :])  # (B, T + 1)
 
+    def forget_readings(self):
+        self._readings.clear()
+
     def _values_of(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities `(B, T)` and values `(B, T + 1)` under the policy that played."""
         logps = batch.get("old_per_token_logps")
@@ -155,6 +158,8 @@ class AgentPPOTrainer(AgentGRPOTrainer):
         # The first: TRL may have read the reference after it, which is the same trunk without its adapter
         values = self._readings[0]
         self._readings.clear()
+        if values.shape != (logps.shape[0], logps.shape[1] + 1):
+            raise RuntimeError(f"Values of shape {tuple(values.shape)} were read for {tuple(logps.shape)} tokens.")
         return logps, values
 
     # -- credit ------------------------------------------------------------------------------------------------------
@@ -179,7 +184,7 @@ class AgentPPOTrainer(AgentGRPOTrainer):
         old_values, discounts = self._values_and_discounts(steps, values, terminal)
         advantages = generalized_advantages(step_rewards, discounts, old_values, self.args.gae_lambda, steps.mask)
         returns = advantages + old_values[:, :-1]  # of the raw advantages
-        self._record_credit(steps, old_values[:, :-1], returns, kl, episodes, len(turn_rewards))
+        self._record_credit(steps, old_values[:, :-1], returns, kl)
         if self.args.whiten_advantages:
             moments = self.accelerator.gather(masked_moments(advantages, steps.mask)[None].to(device)).cpu()
             advantages = whiten(advantages, steps.mask, moments=combine_moments(moments))
@@ -246,8 +251,6 @@ class AgentPPOTrainer(AgentGRPOTrainer):
         values: torch.Tensor,
         returns: torch.Tensor,
         kl: torch.Tensor | None,
-        episodes: torch.Tensor,
-        n_episodes: int,
     ) -> None:
         device = self.accelerator.device
 
@@ -263,8 +266,10 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             "agents/value_explained_variance": explained_variance(values, returns, mask),
         }
         if kl is not None:
-            sums = torch.tensor([kl.sum().item(), float(n_episodes)], device=device)
+            # Of the episodes that weigh something
+            sums = torch.tensor([kl.sum().item(), steps.mask.any(dim=1).sum().item()], device=device)
             total, number = self.accelerator.reduce(sums, reduction="sum").tolist()
+            number = max(number, 1.0)
             metrics |= {"agents/kl_mean": total / number, "agents/kl_coef": self.beta}
             if self.args.kl_target is not None and self.model.training:
                 self.beta = adapt_kl_coef(
