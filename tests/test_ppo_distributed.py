@@ -395,7 +395,8 @@ def test_groups(sharded_model, tmp_path, stage):
     assert not (folder / VALUE_HEAD_FILE).exists()
     trained = load_file(folder / "model.safetensors")
     start = load_file(Path(sharded_model) / "model.safetensors")
-    assert trained.keys() == start.keys()
+    # Stage 2 writes tied weights under both of their names
+    assert start.keys() <= trained.keys() <= start.keys() | {"lm_head.weight"}
     assert any(not torch.equal(trained[name], start[name]) for name in start)
 
 
