@@ -727,8 +727,18 @@ def test_turn_estimator_does_not_warn_of_equal_length(make_trainer):
 
 @pytest.mark.parametrize("version", ["0.17.0", "1.15.0", "1.17.0", "2.0.0"])
 def test_other_releases_of_trl_are_refused(version):
-    with pytest.raises(ImportError, match=f"trl {version} is installed.*pip install"):
+    with pytest.raises(ValueError, match=f"trl {version} is installed.*pip install"):
         check_trl(version=version)
+
+
+def test_another_trl_is_told_before_anything_it_lacks(tmp_path):
+    """A release without what we import must not fail at the import."""
+    (tmp_path / "trl").mkdir()
+    (tmp_path / "trl" / "__init__.py").write_text("__version__ = '0.20.0'")
+    code = "from trl_agents import AgentGRPOTrainer"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert "trl 0.20.0 is installed" in result.stderr.splitlines()[-1]
 
 
 def test_patch_releases_of_trl_pass():

@@ -6,6 +6,7 @@ import warnings
 import pytest
 from datasets import Dataset
 from scripted import Pay, make_config
+from trl import GRPOConfig
 
 from trl_agents import ActionParser, AgentPPOConfig, check_run
 from trl_agents.envs import Bandit
@@ -21,6 +22,10 @@ MISTAKES = {
     "weights": (Pay, {"reward_weights": [1.0]}, {"reward_funcs": [len, len]}, "for 2 reward functions"),
     "few seeds": (Pay, {"num_train_seeds": 1}, {}, "1 seeds to train on.*takes 2"),
     "dataset": (Pay, {}, {"train_dataset": Dataset.from_dict({"prompt": ["?"] * 4})}, r"'seed'.*\['prompt'\]"),
+    "module": ("nomodule:Foo-v0", {}, {}, "No environment.*'nomodule:Foo-v0'"),
+    "evaluation's dataset": (Pay, {}, {"eval_dataset": Dataset.from_dict({"prompt": ["?"]})}, "column 'seed'"),
+    "parser": (Pay, {}, {"action_parser": r"ACTION=(.*)"}, "pass an `ActionParser`"),
+    "gathering": (Pay, {"ds3_gather_for_generation": False}, {}, "ds3_gather_for_generation=False.*Use True"),
     "two rollouts": (Pay, {}, {"rollout_func": print}, "`rollout_func` and `env`"),
 }
 
@@ -31,6 +36,25 @@ def test_check_run_names_the_mistake(tmp_path, mistake):
     with pytest.raises(ValueError, match=message):
         check_run(env, make_config(tmp_path / "out", **settings), **kwargs)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0.*eval_temperature"),
+        ({"num_generations": 0}, "num_generations=0"),
+        ({"num_generations": 3}, r"num_generations \(3\).*Use a num_generations that divides.*_batch_size=4"),
+        ({"env_kwargs": "[3]"}, r"env_kwargs='\[3\]' must be a dictionary"),
+    ],
+)
+def test_configurations_that_cannot_be(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path / "out", **settings)
+
+
+def test_check_run_wants_our_configuration(tmp_path):
+    with pytest.raises(ValueError, match="`GRPOConfig`.*`AgentGRPOConfig`"):
+        check_run(Pay, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
 
 
 def test_check_run_lets_pass_what_trains(tmp_path):

@@ -66,3 +66,9 @@ def test_evaluation_has_its_own_temperature(trainer):
     trainer.play([0, 1])
     assert set(trainer.vllm_generation.temperatures) == {0.0}
     assert trainer.vllm_generation.temperature == 0.7
+
+
+def test_an_episode_ends_before_vllm_has_no_room(tmp_path):
+    args = make_config(tmp_path / "out", vllm_max_model_length=70, max_episode_length=90)
+    trainer = AgentGRPOTrainer(save_tiny_model(tmp_path / "model"), args=args, env=Pay)
+    assert trainer._rules(trainer.model).max_length == 70

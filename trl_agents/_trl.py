@@ -2,8 +2,8 @@
 """
 THE SEAM: the only file that touches TRL, and TRL's private names.
 
-[`RolloutGRPOTrainer`] turns the two private methods of `GRPOTrainer` that kept their form through every release since
-0.17 into three public hooks, and says at construction, not in the middle of a run, when TRL is not the one it knows.
+[`RolloutGRPOTrainer`] turns private methods of `GRPOTrainer` and of its base into public hooks, and says when it is
+imported, not in the middle of a run, that TRL is not the one it knows.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ import trl
 from accelerate.utils import gather_object, is_peft_model
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from .batch import Row, sum_by_episode
 from .rollout.generation import BatchBackend, Reply
@@ -30,6 +27,25 @@ from .rollout.generation import BatchBackend, Reply
 
 # The releases the contract test passes on. `pyproject.toml` says the same to pip.
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+INSTALL = f'Install it with `pip install "trl{SUPPORTED_TRL}"`.'
+
+
+class UnsupportedTRL(ImportError, ValueError):
+    """The installed TRL is not one this package was tested with."""
+
+
+def check_trl_version(version: str) -> None:
+    """Raises [`UnsupportedTRL`] unless `version` is one that this package was tested with."""
+    if not SUPPORTED_TRL.contains(Version(version), prereleases=True):
+        raise UnsupportedTRL(f"trl-agents works with trl{SUPPORTED_TRL}, but trl {version} is installed. {INSTALL}")
+
+
+check_trl_version(trl.__version__)  # before anything is imported from TRL that another release may lack
+
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl.models import unwrap_model_for_generation  # noqa: E402
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict  # noqa: E402
+
 
 # Private members this file relies on, and the parameters they are called with.
 SEAM = {
@@ -49,19 +65,17 @@ __all__ = ["GRPOConfig", "RolloutGRPOTrainer", "RolloutRows", "SFTConfig", "SFTT
 
 
 def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
-    """Raises `ImportError` if the installed TRL is not one this package was tested with."""
-    install = f'Install it with `pip install "trl{SUPPORTED_TRL}"`.'
-    if not SUPPORTED_TRL.contains(Version(version), prereleases=True):
-        raise ImportError(f"trl-agents works with trl{SUPPORTED_TRL}, but trl {version} is installed. {install}")
+    """Raises [`UnsupportedTRL`] if the installed TRL is not one this package was tested with."""
+    check_trl_version(version)
     for name, expected in {**SEAM, **SEAM_PREFIXES}.items():
         method = getattr(trainer_class, name, None)
         found = tuple(inspect.signature(method).parameters) if method is not None else None
         if found is not None and name in SEAM_PREFIXES:
             found = found[: len(expected)]
         if found != expected:
-            raise ImportError(
+            raise UnsupportedTRL(
                 f"trl {version} has moved `{trainer_class.__name__}.{name}`, which trl-agents builds on (expected the "
-                f"parameters {expected}, found {found}). {install}"
+                f"parameters {expected}, found {found}). {INSTALL}"
             )
 
 

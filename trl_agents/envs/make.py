@@ -44,7 +44,7 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
     if isinstance(env, str):
         try:
             made = gymnasium.make(env, **env_kwargs)
-        except gymnasium.error.Error as error:
+        except (gymnasium.error.Error, ImportError) as error:
             ours = ", ".join(sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/")))
             raise ValueError(
                 f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}. "

@@ -197,6 +197,13 @@ class AgentGRPOConfig(GRPOConfig):
                 f"invalid_action_penalty={self.invalid_action_penalty!r} is added to the reward, and would praise "
                 f"invalid actions. Use {-self.invalid_action_penalty!r}, or 0."
             )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature={self.temperature!r}: training samples, so give a positive number. For greedy episodes "
+                "in evaluation use eval_temperature=0.0."
+            )
+        if self.num_generations is not None and self.num_generations < 1:
+            raise ValueError(f"num_generations={self.num_generations!r}: give a number of at least 2, or 1 with PPO.")
         if not 0.0 <= self.discount <= 1.0:
             raise ValueError(f"discount={self.discount!r} must lie between 0 and 1.")
         if self.context == "chat" and self.window is not None:
@@ -206,7 +213,18 @@ class AgentGRPOConfig(GRPOConfig):
                 f"loss_type={self.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
                 f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
             )
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible by num_generations" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} Use a num_generations that divides per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} times the number of processes and steps_per_generation="
+                f"{self.steps_per_generation}, or another batch size."
+            ) from error
+        if self.env_kwargs is not None and not isinstance(self.env_kwargs, dict):
+            raise ValueError(f"env_kwargs={self.env_kwargs!r} must be a dictionary, or JSON of one.")
         if self.invalid_action == "retry" and self.advantage_estimator == "turn" and not self.has_critic:
             warnings.warn(
                 "invalid_action='retry' with advantage_estimator='turn': turn k is compared with turn k of the "

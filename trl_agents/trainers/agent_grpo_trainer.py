@@ -35,7 +35,7 @@ from ..rollout.workers import EnvPool
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import card_section
-from .checks import check_dataset, check_environment, check_settings
+from .checks import check_dataset, check_environment, check_settings, check_types
 
 
 # Beside a checkpoint's weights.
@@ -156,8 +156,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
 
         if args is None:
             args = AgentGRPOConfig("agent-grpo")
-        elif not isinstance(args, AgentGRPOConfig):
-            raise ValueError(f"`args` is a `{type(args).__name__}`: with `env`, pass an `AgentGRPOConfig`.")
+        check_types(args, action_parser)
         self.env_name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self.card_results = ""  # Markdown: what the trained agent achieved
         self.env_factory = functools.partial(make_env, env, **(args.env_kwargs or {}))
@@ -181,6 +180,12 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             args.reward_weights = weights
         if weights is not None:  # they weigh what is added to the environment's own reward
             self.reward_weights = torch.tensor([1.0, *weights])
+        if self.is_fsdp_enabled and self.accelerator.num_processes > 1 and not self.use_vllm:
+            raise ValueError(
+                "FSDP gathers the weights in every forward pass, of which processes make as many as their own "
+                "episodes need: they would wait for each other for ever. Use use_vllm=True, or DeepSpeed "
+                "(accelerate_configs/zero3.yaml), which gathers them once a rollout."
+            )
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
@@ -303,7 +308,8 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
 
     def _rules(self, model: Any) -> Rules:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [limit for limit in (positions, self.args.max_episode_length) if limit is not None]
+        limits = [positions, self.args.max_episode_length, self.args.vllm_max_model_length]
+        limits = [limit for limit in limits if limit is not None]
         return Rules(
             max_new_tokens=self.args.max_completion_length,
             max_length=min(limits, default=None),

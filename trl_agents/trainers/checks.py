@@ -33,18 +33,31 @@ def check_run(
             Other arguments that the trainer will be given (`reward_funcs`, `train_dataset`, `peft_config`, ...).
     """
     check_trl()
+    check_types(args, action_parser)
     reward_funcs = kwargs.pop("reward_funcs", None) or []
     check_settings(args, None, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], kwargs)
     dataset = kwargs.get("train_dataset")
     if dataset is None:
         dataset = [{"seed": seed} for seed in range(args.num_train_seeds)]
     check_dataset(dataset, args.generation_batch_size // args.num_generations)
+    check_dataset(kwargs.get("eval_dataset"))
     check_environment(
         functools.partial(make_env, env, **(args.env_kwargs or {})),
         action_parser or ActionParser(),
         args,
         next(iter(dataset)),
     )
+
+
+def check_types(args: Any, action_parser: Any) -> None:
+    """Raises `ValueError` for arguments of another kind than an environment needs."""
+    if not isinstance(args, AgentGRPOConfig):
+        raise ValueError(f"`args` is a `{type(args).__name__}`: with `env`, pass an `AgentGRPOConfig`.")
+    if action_parser is not None and not hasattr(action_parser, "check_legal_actions"):
+        raise ValueError(
+            f"action_parser={action_parser!r} is a `{type(action_parser).__name__}`: pass an `ActionParser`, such as "
+            "`ActionParser(pattern)`."
+        )
 
 
 def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs: dict[str, Any]) -> None:
@@ -91,6 +104,11 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
             f"generation_kwargs={args.generation_kwargs} and use_transformers_continuous_batching="
             f"{args.use_transformers_continuous_batching} have no effect on episodes: use temperature, top_p, "
             "top_k and min_p, or use_vllm."
+        )
+    if not args.use_vllm and not args.ds3_gather_for_generation:
+        raise ValueError(
+            "ds3_gather_for_generation=False gathers the weights in every forward pass, of which processes make as "
+            "many as their own episodes need: they would wait for each other for ever. Use True, or use_vllm."
         )
     if args.repetition_penalty != 1.0:
         raise ValueError(
