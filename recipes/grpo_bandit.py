@@ -41,7 +41,7 @@ class ScriptArguments:
         default=256, metadata={"help": "Held-out episodes that are played before and after training."}
     )
     num_transcripts: int = field(
-        default=800, metadata={"help": "Episodes of the random player that warm up the small model."}
+        default=1000, metadata={"help": "Episodes of the random player that warm up the small model."}
     )
 
 

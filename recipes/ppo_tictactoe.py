@@ -50,7 +50,7 @@ class ScriptArguments:
         default=400, metadata={"help": "Held-out games against each opponent, before and after training."}
     )
     num_transcripts: int = field(
-        default=800, metadata={"help": "Games of the random player that warm up the small model."}
+        default=8000, metadata={"help": "Games of the random player that warm up the small model."}
     )
     rationale: str = field(
         default="board",
