@@ -19,7 +19,7 @@ from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
-from trl_agents.trainers.agent_grpo_trainer import MEMORY_FILE
+from trl_agents.trainers.memory import MEMORY_FILE
 from trl_agents.value_head import VALUE_HEAD_FILE
 
 

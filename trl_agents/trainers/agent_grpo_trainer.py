@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-import shutil
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,8 +15,6 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from gymnasium.wrappers.utils import RunningMeanStd
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .._trl import RolloutGRPOTrainer, RolloutRows, check_trl
 from ..actions import ActionParser
@@ -36,30 +32,7 @@ from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import card_section
 from .checks import check_dataset, check_environment, check_settings, check_types
-
-
-# Beside a checkpoint's weights.
-MEMORY_FILE = "agent_state.json"
-
-
-class _Memorize(TrainerCallback):
-    """Writes the trainer's memory into each checkpoint, and lets what lies beside the weights go to the Hub too."""
-
-    def __init__(self, trainer: AgentGRPOTrainer):
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            (folder / MEMORY_FILE).write_text(json.dumps(self.trainer.memory(), indent=2), encoding="utf-8")
-
-    def on_push_begin(self, args, state, control, **kwargs):
-        # A checkpoint is pushed before it counts as saved, and of its files only those that `Trainer` knows
-        self.on_save(args, state, control)
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        for name in self.trainer.files_beside:
-            if state.is_world_process_zero and (folder / name).is_file():
-                shutil.copy(folder / name, Path(args.output_dir) / name)
+from .memory import Memorize, recall_from
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -152,7 +125,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             if action_parser is not None:
                 raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
-            self.add_callback(_Memorize(self))
+            self.add_callback(Memorize(self))
             return
 
         if args is None:
@@ -192,7 +165,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
                 # is, and lets no gradient through them from then on
                 module.support_avx512bf16_for_cpu = False
-        self.add_callback(_Memorize(self))
+        self.add_callback(Memorize(self))
         self.rollout_func = self.rollout_output
         self.reward_statistics = RunningMeanStd(epsilon=0)  # exact: nothing is assumed before the first rewards
         self.context = make_context(
@@ -322,8 +295,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            self._remember(get_last_checkpoint(self.args.output_dir) if folder is True else folder)
+            recall_from(self, resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -344,16 +316,6 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             statistics = self.reward_statistics
             mean, var, statistics.count = memory["reward_statistics"]
             statistics.mean, statistics.var = np.float64(mean), np.float64(var)
-
-    def _remember(self, folder: str | None) -> None:
-        file = None if folder is None else Path(folder) / MEMORY_FILE
-        if file is not None and file.exists():
-            self.recall(json.loads(file.read_text(encoding="utf-8")))
-        elif folder is not None and self.plays:
-            warnings.warn(
-                f"{folder} has no {MEMORY_FILE}: reward statistics and coefficients that adapt start anew.",
-                stacklevel=3,
-            )
 
     def close_environments(self) -> None:
         """Close all environments; the next rollout makes new ones."""
