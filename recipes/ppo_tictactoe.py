@@ -85,7 +85,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             seed=training_args.seed,
             agent=RandomAgent(),
             rationale=RATIONALES[script_args.rationale],
-            batch_size=16,
+            batch_size=16 if training_args.context == "chat" else 64,
             context=training_args.context,
             window=training_args.window,
             parser=parser,

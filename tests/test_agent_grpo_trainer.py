@@ -680,7 +680,7 @@ def test_mistakes_are_told_before_anything_is_written(make_trainer, tmp_path, mi
         ({"invalid_action": "ignore"}, "invalid_action='ignore'"),
         ({"discount": 1.5}, "discount=1.5"),
         ({"window": 3}, "window=3 has no effect"),
-        ({"context": "window", "window": 0}, "window=0"),
+        ({"context": "window", "window": -1}, "window=-1"),
         ({"invalid_action_penalty": 5.0}, "invalid_action_penalty=5.0.*-5.0"),
         ({"env_timeout": 0.0}, "env_timeout=0.0"),
         ({"max_retries": -1}, "max_retries=-1"),

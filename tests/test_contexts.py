@@ -399,9 +399,25 @@ class TestWindow:
             f"{env.instructions}\nSo far you have tried/seen:\nStep=0 Action=blue Reward=1\nWhat do you predict next?"
         )
 
+    def test_a_window_of_none(self):
+        """Only the open step is left: what an opponent reads of the same position (`TicTacToe.describe`)."""
+        env = TicTacToe(seat="second")
+        tokenizer = CASES["none"].tokenizer()
+        observation, info = env.reset(seed=0)
+        reader = WindowContext(tokenizer, window=0).begin(Briefing.of(env), observation, info)
+        for action in ("4", "0", "8"):
+            if action not in info["legal_actions"]:
+                continue
+            observation, reward, terminated, _, info = env.step(action)
+            if terminated:
+                break
+            reader.observe((5, 6), action, reward, observation, info)
+            fresh = WindowContext(tokenizer).begin(Briefing.of(env), env.describe(info["board"]), {})
+            assert reader.prompt_ids == fresh.prompt_ids
+
     def test_misuse(self):
-        with pytest.raises(ValueError, match="window=0 keeps no transition"):
-            WindowContext(CASES["none"].tokenizer(), window=0)
+        with pytest.raises(ValueError, match="window=-1 is no number"):
+            WindowContext(CASES["none"].tokenizer(), window=-1)
 
 
 def test_make_context():

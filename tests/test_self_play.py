@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -443,6 +444,19 @@ def test_bind_says_what_is_wrong(folder, tmp_path):
     trainer.plays = False
     with pytest.raises(ValueError, match="has no `env` to play in"):
         OpponentPool().bind(trainer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"context": "window", "window": 0}, 0), ({"context": "window"}, 1), ({"context": "chat"}, 1)],
+)
+def test_bind_tells_of_positions_the_policy_never_reads(folder, tmp_path, settings, told):
+    pool = OpponentPool()
+    trainer = make_trainer(folder, tmp_path, pool, bind=False, **settings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pool.bind(trainer)
+    assert sum("window=0 both read the same" in str(warning.message) for warning in caught) == told
 
 
 # -- what is copied ---------------------------------------------------------------------------------------------------

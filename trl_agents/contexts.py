@@ -148,7 +148,8 @@ class WindowContext(_Context):
 
     Args:
         window (`int`, *optional*):
-            C, the number of transitions kept. None keeps all, as the paper's budget of 1,792 tokens does for 50 steps.
+            C, the number of transitions kept. None keeps all, as the paper's budget of 1,792 tokens does for 50 steps;
+            0 keeps only the open step, which is enough where a state says it all.
     """
 
     appends = False
@@ -161,8 +162,8 @@ class WindowContext(_Context):
         window: int | None = None,
     ):
         super().__init__(tokenizer, eos_token_ids, chat_template_kwargs)
-        if window is not None and window < 1:
-            raise ValueError(f"window={window!r} keeps no transition: give a positive number, or None to keep all.")
+        if window is not None and window < 0:
+            raise ValueError(f"window={window!r} is no number of transitions: give 0 or more, or None to keep all.")
         self.window = window
 
     def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]) -> WindowReader:
@@ -192,7 +193,7 @@ class WindowReader:
         self._render()
 
     def _render(self) -> None:
-        lines = self.lines if self.context.window is None else self.lines[-self.context.window :]
+        lines = last(self.lines, self.context.window)
         text = window_message(self.briefing, lines, self.open, self.note)
         self.prompt_ids = self.context.encode(self.context.render([{"role": "user", "content": text}]))
         self.input_ids = self.prompt_ids
@@ -224,6 +225,11 @@ def window_message(briefing: Briefing, lines: Sequence[str], open_step: str = ""
     header = [briefing.history_header] if history else []
     parts = [briefing.instructions, *header, *history, note, briefing.question]
     return "\n".join(part for part in parts if part)
+
+
+def last(lines: Sequence[str], window: int | None) -> Sequence[str]:
+    """The last `window` of the lines; all for None."""
+    return lines if window is None else lines[max(len(lines) - window, 0) :]
 
 
 def transition_line(step: int, observation: str, action: str | None, reward: float, info: Mapping[str, Any]) -> str:

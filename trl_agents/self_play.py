@@ -125,6 +125,13 @@ class OpponentPool(TrainerCallback):
                 "cast_lm_head_to_fp32=True ties a forward pass to the policy's own weights, which a past self must "
                 "not use. Use False with OpponentPool."
             )
+        if (trainer.args.context, trainer.args.window) != ("window", 0):
+            warnings.warn(
+                f"With context={trainer.args.context!r} and window={trainer.args.window} the policy reads a position "
+                "with what came before it, and a past self reads the position alone: a model that knows little beside "
+                "the game will answer it poorly. With context='window' and window=0 both read the same.",
+                stacklevel=2,
+            )
         self.trainer = trainer
         trainer.add_callback(self)
         self._open()

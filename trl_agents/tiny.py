@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 from ._trl import SFTConfig, SFTTrainer
 from .actions import ActionParser
 from .agents import Agent, RandomAgent, play_episode
-from .contexts import Briefing, opening_message, transition_line, window_message
+from .contexts import Briefing, last, opening_message, transition_line, window_message
 from .envs.make import make_env
 from .types import Trajectory
 
@@ -37,6 +37,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+# What a token may span: a word with the "=" or ":" after it ("ACTION="), or up to three digits from the left, as in
+# Llama 3 (a board's rows become three tokens). Fewer tokens, and a name and its value always one apart.
+_PIECES = r"[0-9]{1,3}| ?\p{L}+[=:]?| ?[^\s\p{L}0-9]+|\n|[^\S\n]+"
 
 
 def tiny_tokenizer(
@@ -56,10 +60,9 @@ def tiny_tokenizer(
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        # Digits in groups of up to three from the left, as in Llama 3: a board's rows become three tokens
         [
-            pre_tokenizers.Split(Regex(r"[0-9]{1,3}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,10 +72,10 @@ def tiny_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The template's own words too, so that a turn's frame is a few tokens and not a spelled-out word
-    frames = ["user\n", "assistant\n"] * 100
-    tokenizer.train_from_iterator([*texts, *frames], trainer)
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in dict.fromkeys(phrases)])
+    tokenizer.train_from_iterator(texts, trainer)
+    # The template's own words too: every turn has them
+    phrases = dict.fromkeys(["user\n", "assistant\n", *phrases])
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -173,7 +176,7 @@ def make_tiny_model(
         rationale, context, window, parser (*optional*):
             As for [`play_transcripts`].
         batch_size (`int`, *optional*, defaults to `4`):
-            Episodes a step, over all processes.
+            Conversations a step, over all processes: episodes in a chat, turns in a window.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to train without a progress bar.
         **sft_kwargs:
@@ -186,7 +189,7 @@ def make_tiny_model(
     agent = agent or RandomAgent(repeat=0.25)
     dataset = play_transcripts(env, agent, seeds, parser=parser, rationale=rationale, context=context, window=window)
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
-    tokenizer = tiny_tokenizer(texts, phrases=_standing_lines(env))
+    tokenizer = tiny_tokenizer(texts, phrases=_standing_texts(env))
     model = tiny_model(tokenizer, seed=seed)
     batch_size_here = max(batch_size // PartialState().num_processes, 1)
     # Loss on all tokens, not only the replies: reading an episode is what teaches the model to look things up in it
@@ -195,7 +198,7 @@ def make_tiny_model(
         "lr_scheduler_type": "cosine",
         "warmup_steps": 20,
         "per_device_train_batch_size": batch_size_here,
-        "max_steps": max(n_transcripts // batch_size, 1),
+        "max_steps": max(len(dataset) // batch_size, 1),
         "max_length": None,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -262,13 +265,14 @@ def play_transcripts(
     return Dataset.from_dict({"messages": conversations})
 
 
-def _standing_lines(env: Any) -> list[str]:
-    """The long lines of an environment's instructions, which open every episode: most of a short one's tokens."""
+def _standing_texts(env: Any) -> list[str]:
+    """What opens every episode, the instructions, and the other standing texts: most of a short one's tokens."""
     made = make_env(env)
     try:
-        return [line for line in made.unwrapped.instructions.splitlines() if len(line) >= 20]
+        briefing = Briefing.of(made)
     finally:
         made.close()
+    return [text for text in (briefing.instructions, briefing.history_header, briefing.question) if text]
 
 
 def _reply(observation: str, action: str, parser: ActionParser, rationale: Callable | None) -> str:
@@ -290,10 +294,15 @@ def _window_messages(
 ) -> list[list[dict[str, str]]]:
     conversations, lines, opened = [], [], trajectory.turns[0].observation
     for turn, reply, following in zip(trajectory.turns, replies, [*trajectory.turns[1:], None], strict=True):
-        kept = lines if window is None else lines[-window:]
-        message = window_message(briefing, kept, opened)
-        conversations.append([{"role": "user", "content": message}, {"role": "assistant", "content": reply}])
+        observed = trajectory.final_observation if following is None else following.observation
+        conversations.append(
+            [
+                {"role": "user", "content": window_message(briefing, last(lines, window), opened)},
+                {"role": "assistant", "content": reply},
+                {"role": "user", "content": observed},  # never seen when it plays, and worth learning from
+            ]
+        )
         if following is not None:
             lines.append(transition_line(len(lines), turn.observation, turn.executed, turn.reward, turn.info))
-            opened = following.observation.removeprefix(lines[-1]).strip("\n")
+            opened = observed.removeprefix(lines[-1]).strip("\n")
     return conversations

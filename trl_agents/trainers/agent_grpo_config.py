@@ -37,7 +37,7 @@ class AgentGRPOConfig(GRPOConfig):
             `"chat"`: the conversation grows, one training row an episode. `"window"`: the prompt is rendered anew each
             turn with the last `window` transitions, one training row a turn.
         window (`int`, *optional*):
-            Number of transitions a windowed prompt keeps; None keeps all.
+            Number of transitions a windowed prompt keeps; None keeps all. 0 suits games whose state says it all.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Token budget of one *reply* (G in the paper). TRL's meaning, the budget of a completion, holds without an
             environment.
@@ -100,7 +100,10 @@ class AgentGRPOConfig(GRPOConfig):
     )
     window: int | None = field(
         default=None,
-        metadata={"help": "Number of transitions a windowed prompt keeps; None keeps all."},
+        metadata={
+            "help": "Number of transitions a windowed prompt keeps; None keeps all. 0 suits games whose state says "
+            "it all."
+        },
     )
     max_completion_length: int | None = field(
         default=256,
@@ -182,11 +185,11 @@ class AgentGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")
-        for name in ("window", "max_turns", "max_episode_length", "rollout_batch_size", "num_train_seeds"):
+        for name in ("max_turns", "max_episode_length", "rollout_batch_size", "num_train_seeds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r}: give a number of at least 1.")
-        for name in ("max_retries", "num_eval_seeds", "eval_temperature"):
+        for name in ("window", "max_retries", "num_eval_seeds", "eval_temperature"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value!r}: give a number of at least 0.")

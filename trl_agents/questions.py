@@ -1,0 +1,171 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Language models answer questions: once by greedy decoding, or many times for a vote or a reward model's choice
+(the three evaluations of [ReFT](https://huggingface.co/papers/2401.08967), sections 4.4 and 4.5).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .rollout.answers import answer_prompts
+from .rollout.generation import Sampling, SlotBackend, replay
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, Any]]],
+    *,
+    n: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 256,
+    n_slots: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[list[str]]:
+    """
+    Let a language model answer each prompt `n` times.
+
+    Every process of a distributed run must call this with the same prompts: they are shared out, and every process
+    gets all answers. What is sampled depends on `seed` and the prompt's number alone.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Causal language model with whole weights.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`Sequence[str]` or `Sequence[list[dict]]`):
+            Texts as they are, or conversations that the chat template renders.
+        n (`int`, *optional*, defaults to `1`):
+            Answers to each prompt.
+        temperature (`float`, *optional*, defaults to `0.0`):
+            Sampling temperature; 0 is greedy decoding, whose `n` answers are all the same.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Token budget of an answer.
+        n_slots (`int`, *optional*, defaults to `64`):
+            Answers side by side.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds the sampling.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar on the main process.
+
+    Returns:
+        `list[list[str]]`: `n` answers to each prompt, without special tokens.
+
+    Raises:
+        `ValueError`: if a prompt and its answer do not fit the model's positions.
+    """
+    state = PartialState()
+    own = range(state.process_index, len(prompts), state.num_processes)
+    prompt_ids = [_prompt_ids(tokenizer, prompts[number]) for number in own]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompt_ids), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"A prompt of {longest} tokens with max_new_tokens={max_new_tokens} is longer than the model's "
+            f"{positions} positions. Shorten one of them."
+        )
+    eos = model.generation_config.eos_token_id
+    eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    sampling = Sampling(tuple(sorted(eos_token_ids)), temperature)
+    n_slots = max(min(n_slots, n * len(prompt_ids)), 1)
+    if SlotBackend.unsupported(model) is None:
+        backend = SlotBackend(model, n_slots, sampling)
+    else:
+        backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            replies = answer_prompts(
+                backend,
+                [ids for ids in prompt_ids for _ in range(n)],
+                max_new_tokens,
+                n_slots=n_slots,
+                luck=[(seed, number, draw) for number in own for draw in range(n)],
+                progress=progress and state.is_main_process,
+            )
+    finally:
+        model.train(training)
+    texts = tokenizer.batch_decode([reply.ids for reply in replies], skip_special_tokens=True)
+    answered = [texts[start : start + n] for start in range(0, len(texts), n)]
+    if state.num_processes == 1:
+        return answered
+    parts = gather_object([answered])
+    world = state.num_processes
+    return [parts[number % world][number // world] for number in range(len(prompts))]
+
+
+def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
+    """The most frequent answer that is not None, the first of equally frequent ones; None if there is none."""
+    counts = Counter(answer for answer in answers if answer is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+@torch.no_grad()
+def score_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[list[float]]:
+    """
+    What a reward model thinks of each answer.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Sequence classifier with one label (its logit is the score, as TRL's `RewardTrainer` trains it) or two (the
+            log-odds of the second, "correct", are).
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompts (`Sequence[str]`):
+            The questions.
+        answers (`Sequence[Sequence[str]]`):
+            Any number of answers to each.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Answers in one forward pass.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Returns:
+        `list[list[float]]`, shaped as `answers`.
+    """
+    if model.config.num_labels not in (1, 2):
+        raise ValueError(f"A reward model has one or two labels, and this one has {model.config.num_labels}.")
+    texts = [prompt + answer for prompt, own in zip(prompts, answers, strict=True) for answer in own]
+    # By length, so that little is padded
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    scores = [0.0] * len(texts)
+    training = model.training
+    model.eval()
+    try:
+        for start in tqdm(range(0, len(texts), batch_size), desc="Scores", leave=False, disable=not progress):
+            batch = order[start : start + batch_size]
+            ids = [tokenizer(texts[number])["input_ids"] + [tokenizer.eos_token_id] for number in batch]
+            inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right").to(model.device)
+            logits = model(**inputs).logits.float()  # (b, 1) or (b, 2)
+            values = logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0.0)
+            for number, value in zip(batch, values.tolist(), strict=True):
+                scores[number] = value
+    finally:
+        model.train(training)
+    remaining = iter(scores)
+    return [[next(remaining) for _ in own] for own in answers]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
