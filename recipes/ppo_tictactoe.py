@@ -60,6 +60,7 @@ class ScriptArguments:
     pool_size: int = field(default=8, metadata={"help": "With self_play, how many earlier versions are kept."})
     pool_every: int = field(default=10, metadata={"help": "With self_play, updates between two of them."})
     pool_latest: float = field(default=0.5, metadata={"help": "With self_play, how often the latest is met."})
+    pool_random: float = field(default=0.0, metadata={"help": "With self_play, share of its moves made at random."})
 
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
@@ -101,7 +102,13 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     }
     pool = None
     if script_args.self_play:
-        pool = OpponentPool(script_args.pool_size, script_args.pool_every, script_args.pool_latest, training_args.seed)
+        pool = OpponentPool(
+            size=script_args.pool_size,
+            every=script_args.pool_every,
+            latest=script_args.pool_latest,
+            random_moves=script_args.pool_random,
+            seed=training_args.seed,
+        )
     trainer = AgentPPOTrainer(
         model,
         args=training_args,

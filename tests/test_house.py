@@ -40,6 +40,7 @@ LAYERS = [
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
     (4, ["tiny"]),
+    (4, ["sft"]),
     (4, ["plots"]),
     (4, ["diagnostics"]),
     (5, ["cli"]),

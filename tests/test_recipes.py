@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The recipes as a user runs them: every YAML parses, the default runs and writes what it promises."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -16,9 +17,10 @@ from trl_agents import AgentGRPOConfig, AgentPPOConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-CONFIGS = {"grpo_bandit": AgentGRPOConfig, "ppo_tictactoe": AgentPPOConfig}
+CONFIGS = {"grpo_bandit": AgentGRPOConfig, "ppo_tictactoe": AgentPPOConfig, "reft": AgentPPOConfig}
 OPPONENTS = ("random", "noisy", "optimal")
 SEATS = ("first", "second")
+MODEL_KEYS = {field.name for field in dataclasses.fields(ModelConfig)}
 PLAYERS = {"random", "ucb", "thompson", "before", "after"}
 
 
@@ -46,14 +48,14 @@ def configs_of(*names: str):
     return pytest.mark.parametrize("config", paths, ids=[path.stem for path in paths])
 
 
-@configs_of("grpo_bandit", "ppo_tictactoe")
+@configs_of(*CONFIGS)
 def test_every_config_parses(config, tmp_path):
     name = next(name for name in CONFIGS if config.stem.startswith(name))
     script_args, training_args, _ = parse(recipe(name), config, "--output_dir", str(tmp_path))
     given = yaml.safe_load(config.read_text())
-    assert script_args.env_id == given["env_id"]
-    assert training_args.env_kwargs == given["env_kwargs"]
-    assert training_args.max_steps == given["max_steps"]
+    for key, value in given.items():  # every line has an effect
+        parsed = [getattr(args, key) for args in (script_args, training_args) if hasattr(args, key)]
+        assert key in ("output_dir", "bf16", "report_to", "dtype", *MODEL_KEYS) or value in parsed, key
     assert training_args.generation_batch_size % training_args.num_generations == 0
 
 
@@ -244,3 +246,50 @@ def test_self_play_learns_to_draw_with_the_optimal_player(tmp_path):
     returns = json.loads((tmp_path / "metrics.json").read_text())["returns"]
     for seat in SEATS:
         assert returns["after"]["optimal"][seat]["low"] > returns["before"]["optimal"][seat]["high"]
+
+
+# -- reft -------------------------------------------------------------------------------------------------------------
+
+SMALL_REFT = ["--dataset_kwargs", '{"n": 24, "max_value": 9, "operations": "+"}', "--num_test", 6]
+SMALL_REFT += ["--warmup_epochs", 2, "--sft_epochs", 3, "--sft_batch_size", 8, "--max_steps", 2]
+SMALL_REFT += ["--per_device_train_batch_size", 2, "--max_completion_length", 12, "--disable_tqdm", "true"]
+SMALL_REFT += ["--st_samples", 2, "--st_epochs", 1, "--st_rounds", 2, "--num_votes", 3]
+
+
+@pytest.mark.parametrize("style", ["words", "program"])
+def test_reft_compares_all_methods(tmp_path, style):
+    methods = ["sft", "offline_st", "online_st", "reft"]
+    result = run("reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *methods)
+    assert result.returncode == 0, result.stderr[-3000:]
+    accuracy = json.loads((tmp_path / "metrics.json").read_text())["accuracy"]
+    assert list(accuracy) == ["greedy", "vote@3"]
+    for values in accuracy.values():
+        assert list(values) == ["warmup", *methods]
+        assert all(set(value) == {"mean", "low", "high"} and 0 <= value["mean"] <= 1 for value in values.values())
+    assert "| reft |" in result.stdout
+    for name in ("accuracy.png", "learning_curve.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "reft" / "value_head.safetensors").exists() and (tmp_path / "reft" / "README.md").exists()
+    # A second run finds its stages done, and measures the same
+    times = {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
+    again = run("reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *methods)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert times == {path: path.stat().st_mtime for path in times} and len(times) == 6
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == accuracy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--dataset", "gsm9k", "--dataset_kwargs", "{}"], "'gsm9k' is unknown"),
+        (["--dataset", "gsm8k"], "only \"arithmetic\" has such settings, not 'gsm8k'"),
+        (["--dataset_kwargs", '{"max_value": 1}'], "max_value"),
+        (["--partial_reward", "1.5"], "partial"),
+    ],
+)
+def test_mistakes_in_reft_are_told_first(tmp_path, arguments, said):
+    module = recipe("reft")
+    settings = parse(module, module.DEFAULT_CONFIG, *arguments, "--output_dir", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=said):
+        module.main(*settings)
+    assert not (tmp_path / "out").exists(), "something was written before the error"

@@ -297,11 +297,22 @@ def test_pool_stays_spread(size):
     assert len(set(kept)) == size
 
 
-@pytest.mark.parametrize("wrong", [{"size": 0}, {"every": 0}, {"latest": 1.5}, {"latest": -0.1}])
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"every": 0}, {"latest": 1.5}, {"latest": -0.1}, {"random_moves": 2}])
 def test_pool_checks_its_settings(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name}={wrong[name]}"):
         OpponentPool(**wrong)
+
+
+def test_some_moves_are_random():
+    """As many as asked; the others are the model's, who is not asked for the random ones."""
+    pool = OpponentPool(random_moves=0.3)
+    pool.opponent = lambda board, legal_actions, rng: "the model's"
+    moves = [pool("000000000", list("012345678"), np.random.default_rng(seed)) for seed in range(600)]
+    random_moves = [move for move in moves if move != "the model's"]
+    assert 0.24 * 600 < len(random_moves) < 0.36 * 600 and set(random_moves) == set("012345678")
+    pool.random_moves = 0.0
+    assert pool("000000000", ["0"], np.random.default_rng(0)) == "the model's"
 
 
 def test_an_unbound_pool_names_the_mend():

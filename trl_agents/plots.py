@@ -152,6 +152,40 @@ def draw_game(game: Trajectory) -> str:
     return "\n".join([*lines, f"[{end}, moving {game.reset_info['seat']}]"])
 
 
+def plot_accuracy(
+    accuracy: Mapping[str, Mapping[str, Interval]], path: str | Path, title: str = "", label: str = "accuracy"
+) -> None:
+    """
+    Shares of right answers with their intervals: a place a model, a colour a measure.
+
+    Args:
+        accuracy (`Mapping[str, Mapping[str, Interval]]`):
+            Measure -> model -> [`Interval`].
+        path (`str` or `Path`):
+            PNG to write.
+        title (`str`, *optional*):
+            What was answered.
+        label (`str`, *optional*, defaults to `"accuracy"`):
+            What is measured.
+    """
+    models = list(dict.fromkeys(name for values in accuracy.values() for name in values))
+    figure = Figure(figsize=(max(1.4 * len(models) + 1.5, 5), 4.5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(accuracy)
+    for number, (measure, values) in enumerate(accuracy.items()):
+        places = np.array([models.index(name) for name in values]) + (number + 0.5) * width - 0.4
+        means = np.array([value.mean for value in values.values()])
+        ends = np.array([[value.mean - value.low, value.high - value.mean] for value in values.values()]).T
+        bars = axes.bar(places, means, 0.92 * width, yerr=ends, color=COLOURS[number + 1], capsize=3, label=measure)
+        axes.bar_label(bars, [f"{mean:.0%}" for mean in means], padding=2, fontsize=9)
+    axes.set(ylabel=label, title=title, ylim=(0, None))
+    axes.set_xticks(range(len(models)), models)
+    axes.legend()
+    axes.grid(alpha=0.25, axis="y")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def plot_learning_curve(
     log_history: Sequence[Mapping[str, float]],
     path: str | Path,

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .rewards.grading import Grading
 from .rollout.answers import answer_prompts
 from .rollout.generation import Sampling, SlotBackend, replay
 
@@ -103,6 +105,95 @@ def answer_questions(
     parts = gather_object([answered])
     world = state.num_processes
     return [parts[number % world][number // world] for number in range(len(prompts))]
+
+
+def evaluate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    grading: Grading,
+    *,
+    n_votes: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    **kwargs: Any,
+) -> dict[str, list[bool]]:
+    """
+    Which questions a model answers right: by greedy decoding, and by the vote of several sampled answers.
+
+    Args:
+        model, tokenizer:
+            As for [`answer_questions`], whose other arguments `kwargs` may hold.
+        dataset ([`~datasets.Dataset`]):
+            With the columns `prompt` and `answer`, as [`~data.prompt_completion`] makes them.
+        grading ([`~rewards.Grading`]):
+            Reads and judges the answers.
+        n_votes (`int`, *optional*, defaults to `0`):
+            Answers that vote; 0 for none.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            At which they are sampled.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds them.
+
+    Returns:
+        `dict[str, list[bool]]`: `"greedy"` and, with `n_votes`, `"vote@<n_votes>"`; one entry a question.
+    """
+    prompts, golds = dataset["prompt"][:], dataset["answer"][:]
+    correct = {}
+    greedy = [answer for (answer,) in answer_questions(model, tokenizer, prompts, **kwargs)]
+    read = grading.read(greedy, prompts)
+    correct["greedy"] = [grading.is_correct(value, gold) for value, gold in zip(read, golds, strict=True)]
+    if n_votes:
+        sampled = answer_questions(model, tokenizer, prompts, n=n_votes, temperature=temperature, seed=seed, **kwargs)
+        votes = [majority_vote(values) for values in _read_all(grading, sampled, prompts)]
+        correct[f"vote@{n_votes}"] = [
+            grading.is_correct(value, gold) for value, gold in zip(votes, golds, strict=True)
+        ]
+    return correct
+
+
+def self_training_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    grading: Grading,
+    *,
+    n: int,
+    most: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Dataset:
+    """
+    What a model can teach itself: its own answers to `dataset`'s questions, as far as they are right (rejection
+    sampling; the data of STaR, ReST and of ReFT's self-training baselines).
+
+    Args:
+        model, tokenizer, dataset, grading, temperature, seed, kwargs:
+            As for [`evaluate_answers`].
+        n (`int`):
+            Answers sampled to each question.
+        most (`int`):
+            Most right ones kept of a question; equal ones count once.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns of `dataset`, the right answers as `completion`.
+    """
+    prompts = dataset["prompt"][:]
+    sampled = answer_questions(model, tokenizer, prompts, n=n, temperature=temperature, seed=seed, **kwargs)
+    rows = []
+    for row, texts, values in zip(dataset, sampled, _read_all(grading, sampled, prompts), strict=True):
+        right = [text for text, value in zip(texts, values, strict=True) if grading.is_correct(value, row["answer"])]
+        rows += [{**row, "completion": text} for text in list(dict.fromkeys(right))[:most]]
+    return Dataset.from_list(rows, features=dataset.features) if rows else dataset.select([])
+
+
+def _read_all(grading: Grading, sampled: list[list[str]], prompts: list[str]) -> list[list[Any]]:
+    """All at once: programs run side by side."""
+    texts = [text for own in sampled for text in own]
+    asked = [prompt for prompt, own in zip(prompts, sampled, strict=True) for _ in own]
+    values = iter(grading.read(texts, asked))
+    return [[next(values) for _ in own] for own in sampled]
 
 
 def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:

@@ -65,6 +65,9 @@ class OpponentPool(TrainerCallback):
             Probability of drawing the newest; otherwise each is as likely, the newest among them.
         seed (`int`, *optional*, defaults to `0`):
             Seeds the draws.
+        random_moves (`float`, *optional*, defaults to `0.0`):
+            Share of the opponent's moves that are random legal ones instead. A policy that has settled plays one
+            game over and over, and whoever loses it learns nothing from it any more; noise makes games differ.
 
     Attributes:
         snapshots (`dict[int, dict[str, torch.Tensor]]`):
@@ -75,13 +78,14 @@ class OpponentPool(TrainerCallback):
             It plays with the weights of `current`; None before [`bind`].
     """
 
-    def __init__(self, size: int = 8, every: int = 10, latest: float = 0.5, seed: int = 0):
+    def __init__(self, size: int = 8, every: int = 10, latest: float = 0.5, seed: int = 0, random_moves: float = 0.0):
         for name, value in (("size", size), ("every", every)):
             if value < 1:
                 raise ValueError(f"{name}={value!r}: give a number of at least 1.")
-        if not 0.0 <= latest <= 1.0:
-            raise ValueError(f"latest={latest!r} is a probability: give a number from 0 to 1.")
-        self.size, self.every, self.latest, self.seed = size, every, latest, seed
+        for name, value in (("latest", latest), ("random_moves", random_moves)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}={value!r} is a probability: give a number from 0 to 1.")
+        self.size, self.every, self.latest, self.seed, self.random_moves = size, every, latest, seed, random_moves
         self.snapshots: dict[int, dict[str, torch.Tensor]] = {}
         self.current = 0
         self.opponent: ModelOpponent | None = None
@@ -89,6 +93,8 @@ class OpponentPool(TrainerCallback):
 
     def __call__(self, board: str, legal_actions: list[str], rng: np.random.Generator) -> str:
         if self.opponent is not None:
+            if self.random_moves and rng.random() < self.random_moves:
+                return legal_actions[rng.integers(len(legal_actions))]
             return self.opponent(board, legal_actions, rng)
         if set(board) == {"0"}:
             # A trainer starts one episode in its constructor, to look at the environment before it loads the model;

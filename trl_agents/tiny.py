@@ -115,6 +115,20 @@ def tiny_model(
         return Qwen3ForCausalLM(config)
 
 
+def save_tiny_start(dataset: Dataset, output_dir: str | Path, seed: int = 0) -> str:
+    """
+    Make a small model that knows nothing, with a tokenizer for the `prompt` and `completion` of `dataset`, and save
+    both. Returns `output_dir`.
+    """
+    texts = [row["prompt"] + row["completion"] for row in dataset]
+    tokenizer = tiny_tokenizer(texts)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            tiny_model(tokenizer, seed=seed).save_pretrained(output_dir)
+            tokenizer.save_pretrained(output_dir)
+    return str(output_dir)
+
+
 def plain_rationale(observation: str, action: str) -> str:
     """
     A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so, and

@@ -1,0 +1,159 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+ReFT: a language model learns to reason from questions and their answers, by PPO after a short supervised warm-up, and
+is compared with models that were only fine-tuned on the same questions.
+
+    accelerate launch recipes/reft.py                           # minutes, on any computer
+    accelerate launch recipes/reft.py --style program           # answers as programs
+
+Without --config it runs recipes/configs/reft_tiny.yaml; without --model_name_or_path it makes a small model, which
+learns from nothing. A stage whose folder is there already is not trained again. recipes/README.md says what to expect.
+"""
+
+import functools
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from datasets import concatenate_datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from trl_agents import AgentPPOConfig, AgentPPOTrainer
+from trl_agents.data import load_questions, prompt_completion
+from trl_agents.evaluation import interval, markdown_table
+from trl_agents.plots import plot_accuracy, plot_learning_curve
+from trl_agents.questions import evaluate_answers, self_training_rows
+from trl_agents.rewards import Grading
+from trl_agents.sft import fine_tune
+from trl_agents.tiny import save_tiny_start
+
+
+METHODS = ("sft", "offline_st", "online_st", "reft")
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reft_tiny.yaml"
+
+
+@dataclass
+class ScriptArguments:
+    """Arguments of the recipe."""
+
+    dataset: str = field(
+        default="arithmetic",
+        metadata={"help": "gsm8k, svamp, math_qa, math_qa_numeric, arithmetic (made on the spot), or a local file."},
+    )
+    dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the arithmetic problems, as JSON."}
+    )
+    test_dataset: str | None = field(default=None, metadata={"help": "Local file of test questions."})
+    style: str = field(
+        default="words", metadata={"help": "Answers in words or as programs.", "choices": ["words", "program"]}
+    )
+    num_train: int | None = field(default=None, metadata={"help": "Use so many training questions."})
+    num_test: int | None = field(default=None, metadata={"help": "Use so many test questions."})
+    methods: list[str] = field(
+        default_factory=lambda: ["sft", "reft"], metadata={"help": "What to compare.", "choices": list(METHODS)}
+    )
+    warmup_epochs: float = field(default=2, metadata={"help": "Epochs of the supervised warm-up."})
+    sft_epochs: float = field(default=40, metadata={"help": "Epochs of the supervised baseline."})
+    sft_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of all supervised stages."})
+    sft_batch_size: int = field(default=48, metadata={"help": "Rows a supervised step, over all processes."})
+    st_samples: int = field(default=100, metadata={"help": "Self-training: answers sampled per question."})
+    st_unique: int = field(default=10, metadata={"help": "Offline self-training: most right ones kept per question."})
+    st_epochs: float = field(default=20, metadata={"help": "Offline self-training: epochs, from the first model."})
+    st_rounds: int = field(default=10, metadata={"help": "Online self-training: rounds of sampling and training."})
+    partial_reward: float = field(default=0.1, metadata={"help": "Reward of a wrong number; 0 switches it off."})
+    num_votes: int = field(default=0, metadata={"help": "Also evaluate the majority vote of so many answers."})
+
+
+def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
+    output_dir = Path(training_args.output_dir)
+    grading = Grading(script_args.style, script_args.dataset == "math_qa", script_args.partial_reward)
+    reward = grading.reward  # refuses its settings now, not after the warm-up
+    settings = script_args.dataset_kwargs or {}
+    settings = json.loads(settings) if isinstance(settings, str) else settings
+    train = load_questions(script_args.dataset, "train", **settings)
+    test = load_questions(script_args.test_dataset or script_args.dataset, "test", **settings)
+    train, test = (
+        prompt_completion(rows.select(range(min(most or len(rows), len(rows)))), script_args.style)
+        for rows, most in ((train, script_args.num_train), (test, script_args.num_test))
+    )
+    start = model_args.model_name_or_path or output_dir / "start"
+    sft = functools.partial(
+        fine_tune,
+        learning_rate=script_args.sft_learning_rate,
+        batch_size=script_args.sft_batch_size,
+        seed=training_args.seed,
+        bf16=training_args.bf16,
+        use_cpu=training_args.use_cpu,
+        disable_tqdm=training_args.disable_tqdm,
+    )
+    answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
+
+    def load(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder).to(training_args.device)
+        return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+    def sample(folder, **kwargs):
+        return self_training_rows(*load(folder), train, grading, **kwargs, **answering)
+
+    def offline_st(folder):
+        right = sample(warm, n=script_args.st_samples, most=script_args.st_unique, seed=training_args.seed)
+        sft(start, concatenate_datasets([train, right]), folder, epochs=script_args.st_epochs)
+
+    def online_st(folder):
+        """Half of each round's rows are right answers of the model as it is now, half are the given solutions."""
+        model = warm
+        for number in range(script_args.st_rounds):
+            right = sample(model, n=1, most=1, seed=number + 1)
+            n_given = max(len(right), min(script_args.sft_batch_size, len(train)))  # a weak model gets few right
+            given = train.shuffle(seed=number).select(range(n_given))
+            last = number == script_args.st_rounds - 1  # a folder with a model is a stage that is done
+            model = sft(model, concatenate_datasets([given, right]), folder if last else folder / "round", epochs=1)
+
+    def reft(folder):
+        training_args.output_dir = str(folder)
+        trainer = AgentPPOTrainer(
+            str(warm),
+            reward_funcs=reward,
+            args=training_args,
+            train_dataset=train.select_columns(["prompt", "answer"]),
+            processing_class=load(warm)[1],
+        )
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model(folder)
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            metric = f"rewards/{reward.__name__}/mean"
+            plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", metric, "reward")
+
+    warm = output_dir / "warmup"
+    stages = {
+        "start": lambda folder: save_tiny_start(train, folder, seed=training_args.seed),
+        "warmup": lambda folder: sft(start, train, folder, epochs=script_args.warmup_epochs),
+        "sft": lambda folder: sft(start, train, folder, epochs=script_args.sft_epochs),
+        "offline_st": offline_st,
+        "online_st": online_st,
+        "reft": reft,
+    }
+    accuracy = {}
+    for name in (*([] if model_args.model_name_or_path else ["start"]), "warmup", *script_args.methods):
+        folder = output_dir / name
+        if not (folder / "config.json").exists():
+            stages[name](folder)
+        if name == "start":
+            continue
+        correct = evaluate_answers(*load(folder), test, grading, n_votes=script_args.num_votes, **answering)
+        for measure, values in correct.items():
+            accuracy.setdefault(measure, {})[name] = interval(values)
+    if training_args.process_index == 0:
+        (output_dir / "metrics.json").write_text(json.dumps({"accuracy": accuracy}, indent=2, default=asdict))
+        plot_accuracy(accuracy, output_dir / "accuracy.png", f"{len(test)} test questions")
+        print(markdown_table(accuracy, "model"))
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        arguments += ["--config", str(DEFAULT_CONFIG)]
+    main(*TrlParser((ScriptArguments, AgentPPOConfig, ModelConfig)).parse_args_and_config(arguments))

@@ -1,0 +1,78 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""One way of reading answers, for rewards, accuracy and votes alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .answers import find_number, numbers_equal
+from .choice import find_choice, get_choice_reward
+from .numeric import get_numeric_reward, gold_number
+
+
+STYLES = ("words", "program")
+
+
+@dataclass(frozen=True)
+class Grading:
+    """
+    How the answers to a dataset's questions are read and judged.
+
+    Args:
+        style (`str`, *optional*, defaults to `"words"`):
+            `"words"`: the completion states its answer. `"program"`: it is a program, whose result is the answer (run
+            as [`ProgramRunner`] does).
+        choice (`bool`, *optional*, defaults to `False`):
+            Whether answers are letters of a multiple choice instead of numbers.
+        partial (`float`, *optional*, defaults to `0.1`):
+            Reward of a wrong number (ReFT). Letters get none: every text with a letter would be paid.
+    """
+
+    style: str = "words"
+    choice: bool = False
+    partial: float = 0.1
+
+    def __post_init__(self):
+        if self.style not in STYLES:
+            raise ValueError(f"style={self.style!r} is unknown: choose one of {', '.join(STYLES)}.")
+
+    @property
+    def reward(self) -> Callable:
+        """The reward function, in TRL's form."""
+        if self.style == "program":
+            from .programs import get_program_reward
+
+            return get_program_reward(partial=0.0 if self.choice else self.partial, multiple_choice=self.choice)
+        return get_choice_reward() if self.choice else get_numeric_reward(partial=self.partial)
+
+    def read(self, completions: Sequence[str], prompts: Sequence[str]) -> list[float | str | None]:
+        """
+        The answer that each completion gives; None for none.
+
+        Args:
+            completions (`Sequence[str]`):
+                What the model wrote.
+            prompts (`Sequence[str]`):
+                What it was asked, one for each: programs begin there.
+        """
+        if self.style == "words":
+            if not self.choice:
+                return [find_number(text) for text in completions]
+            return [None if letter is None else letter.lower() for letter in map(find_choice, completions)]
+        from .programs import program_of, shared_runner
+
+        programs = [program_of(text, prompt) for text, prompt in zip(completions, prompts, strict=True)]
+        values = [result.value for result in shared_runner().run(programs)]
+        if self.choice:
+            return [None if value is None else str(value).strip().strip("'\"").lower() for value in values]
+        return [gold_number(value) for value in values]
+
+    def is_correct(self, read: float | str | None, answer: str) -> bool:
+        """Whether what was read is the dataset's `answer`."""
+        if read is None:
+            return False
+        if self.choice:
+            return read == answer.strip().lower()
+        gold = gold_number(answer)
+        return gold is not None and numbers_equal(read, gold)
