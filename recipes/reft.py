@@ -58,6 +58,9 @@ class ScriptArguments:
     sft_epochs: float = field(default=40, metadata={"help": "Epochs of the supervised baseline."})
     sft_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of all supervised stages."})
     sft_batch_size: int = field(default=48, metadata={"help": "Rows a supervised step, over all processes."})
+    sft_on_prompts: bool = field(
+        default=False, metadata={"help": "Whether supervised stages learn the questions too, as a new model has to."}
+    )
     st_samples: int = field(default=100, metadata={"help": "Self-training: answers sampled per question."})
     st_unique: int = field(default=10, metadata={"help": "Offline self-training: most right ones kept per question."})
     st_epochs: float = field(default=20, metadata={"help": "Offline self-training: epochs, from the first model."})
@@ -84,6 +87,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         learning_rate=script_args.sft_learning_rate,
         batch_size=script_args.sft_batch_size,
         seed=training_args.seed,
+        completion_only_loss=not script_args.sft_on_prompts,
         bf16=training_args.bf16,
         use_cpu=training_args.use_cpu,
         disable_tqdm=training_args.disable_tqdm,

@@ -206,13 +206,13 @@ def test_one_turn_equals_grpo(make_trainer, model_dir, tmp_path, estimator, scal
 
 
 def test_without_env_it_is_grpo(model_dir, tmp_path):
-    def count_a(completions, **kwargs):
-        return [float(completion.count("a")) for completion in completions]
+    def by_length(completions, **kwargs):
+        return [float(len(completion) % 7) for completion in completions]
 
     def run(trainer_class, config_class):
         args = make_config(tmp_path / trainer_class.__name__, config_class, beta=0.1, seed=3)
         dataset = Dataset.from_dict({"prompt": ["Choose.", "paid 3", "noise", "what?"]})
-        trainer = trainer_class(model_dir, reward_funcs=count_a, args=args, train_dataset=dataset)
+        trainer = trainer_class(model_dir, reward_funcs=by_length, args=args, train_dataset=dataset)
         trainer.train()
         times = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
         history = [{k: v for k, v in log.items() if k not in times} for log in trainer.state.log_history]

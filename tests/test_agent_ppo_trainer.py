@@ -385,7 +385,7 @@ def test_credit_agrees_with_a_loop_over_random_episodes(make_trainer, context, l
         advantage_level=level,
         per_device_train_batch_size=16,
         max_completion_length=6,
-        max_episode_length={"chat": 80, "window": 127}[context],
+        max_episode_length={"chat": 60, "window": 105}[context],
         **settings,
     )
     perturb(trainer.model, size=0.1)
@@ -1083,8 +1083,9 @@ def test_what_is_logged(make_trainer):
 # -- without an environment ---------------------------------------------------------------------------------------
 
 
-def count_a(completions, **kwargs):
-    return [float(completion.count("a")) for completion in completions]
+def by_length(completions, **kwargs):
+    """Whatever a model of random weights writes, rewards differ."""
+    return [float(len(completion) % 7) for completion in completions]
 
 
 @pytest.mark.parametrize("generations", [1, 2])
@@ -1094,7 +1095,7 @@ def test_it_trains_on_a_dataset(make_trainer, model_dir, tmp_path, judge, genera
     config.num_labels = 1
     Qwen3ForSequenceClassification(config).save_pretrained(tmp_path / "reward")
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "reward")
-    judges = {"function": [count_a], "reward model": [str(tmp_path / "reward")]}
+    judges = {"function": [by_length], "reward model": [str(tmp_path / "reward")]}
     judges["both"] = judges["function"] + judges["reward model"]
     trainer = make_trainer(
         env=None, num_generations=generations, kwargs={"reward_funcs": judges[judge]}, beta=0.1, num_iterations=2,
@@ -1173,7 +1174,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(make_trainer, model_dir, tmp_path
         }  # fmt: skip
         args = make_config(tmp_path / name, AgentPPOConfig, **config)
         kwargs = {} if env else {
-            "reward_funcs": count_a, "train_dataset": Dataset.from_dict({"prompt": [f"paid {n}" for n in range(24)]})
+            "reward_funcs": by_length, "train_dataset": Dataset.from_dict({"prompt": [f"paid {n}" for n in range(24)]})
         }  # fmt: skip
         trainer = AgentPPOTrainer(model_dir, env=env, args=args, **kwargs)
         trainer.train(**more)
