@@ -4,10 +4,10 @@ ReFT: a language model learns to reason from questions and their answers, by PPO
 is compared with models that were only fine-tuned on the same questions.
 
     accelerate launch recipes/reft.py                           # minutes, on any computer
-    accelerate launch recipes/reft.py --style program           # answers as programs
+    accelerate launch recipes/reft.py --style program --output_dir outputs/reft_program
 
 Without --config it runs recipes/configs/reft_tiny.yaml; without --model_name_or_path it makes a small model, which
-learns from nothing. A stage whose folder is there already is not trained again. recipes/README.md says what to expect.
+learns from nothing. A stage that is done is not trained again. recipes/README.md says what to expect.
 """
 
 import functools
@@ -27,10 +27,20 @@ from trl_agents.plots import plot_accuracy, plot_learning_curve
 from trl_agents.questions import evaluate_answers, self_training_rows
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
+from trl_agents.stages import Stages
 from trl_agents.tiny import save_tiny_start
 
 
 METHODS = ("sft", "offline_st", "online_st", "reft")
+# What its result depends on most: a finished stage is kept only if they are the same
+REFT_SETTINGS = (
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "beta",
+    "num_iterations",
+    "per_device_train_batch_size",
+)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reft_tiny.yaml"
 
 
@@ -71,24 +81,32 @@ class ScriptArguments:
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    grading = Grading(script_args.style, script_args.dataset == "math_qa", script_args.partial_reward)
-    reward = grading.reward  # refuses its settings now, not after the warm-up
     settings = script_args.dataset_kwargs or {}
     settings = json.loads(settings) if isinstance(settings, str) else settings
+    if Path(script_args.dataset).suffix and script_args.test_dataset is None:
+        raise ValueError(f"dataset={script_args.dataset!r} is one file: name another to test on, --test_dataset.")
+    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
     train = load_questions(script_args.dataset, "train", **settings)
     test = load_questions(script_args.test_dataset or script_args.dataset, "test", **settings)
     train, test = (
         prompt_completion(rows.select(range(min(most or len(rows), len(rows)))), script_args.style)
         for rows, most in ((train, script_args.num_train), (test, script_args.num_test))
     )
-    start = model_args.model_name_or_path or output_dir / "start"
+    letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
+    grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
+    reward = grading.reward  # refuses its settings now, not after the warm-up
+    sft_settings = {
+        "learning_rate": script_args.sft_learning_rate,
+        "batch_size": script_args.sft_batch_size,
+        "completion_only_loss": not script_args.sft_on_prompts,
+    }
     sft = functools.partial(
         fine_tune,
-        learning_rate=script_args.sft_learning_rate,
-        batch_size=script_args.sft_batch_size,
+        **sft_settings,
         seed=training_args.seed,
-        completion_only_loss=not script_args.sft_on_prompts,
         bf16=training_args.bf16,
+        gradient_checkpointing=training_args.gradient_checkpointing,
         use_cpu=training_args.use_cpu,
         disable_tqdm=training_args.disable_tqdm,
     )
@@ -109,11 +127,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         """Half of each round's rows are right answers of the model as it is now, half are the given solutions."""
         model = warm
         for number in range(script_args.st_rounds):
-            right = sample(model, n=1, most=1, seed=number + 1)
+            right = sample(model, n=1, most=1, seed=training_args.seed + number + 1)
             n_given = max(len(right), min(script_args.sft_batch_size, len(train)))  # a weak model gets few right
-            given = train.shuffle(seed=number).select(range(n_given))
-            last = number == script_args.st_rounds - 1  # a folder with a model is a stage that is done
-            model = sft(model, concatenate_datasets([given, right]), folder if last else folder / "round", epochs=1)
+            given = train.shuffle(seed=training_args.seed + number).select(range(n_given))
+            model = sft(model, concatenate_datasets([given, right]), folder, epochs=1)
 
     def reft(folder):
         training_args.output_dir = str(folder)
@@ -122,7 +139,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             reward_funcs=reward,
             args=training_args,
             train_dataset=train.select_columns(["prompt", "answer"]),
-            processing_class=load(warm)[1],
+            processing_class=AutoTokenizer.from_pretrained(warm, padding_side="left"),
         )
         trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model(folder)
@@ -131,22 +148,45 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             metric = f"rewards/{reward.__name__}/mean"
             plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", metric, "reward")
 
-    warm = output_dir / "warmup"
-    stages = {
-        "start": lambda folder: save_tiny_start(train, folder, seed=training_args.seed),
-        "warmup": lambda folder: sft(start, train, folder, epochs=script_args.warmup_epochs),
-        "sft": lambda folder: sft(start, train, folder, epochs=script_args.sft_epochs),
-        "offline_st": offline_st,
-        "online_st": online_st,
-        "reft": reft,
+    stages = Stages(
+        output_dir,
+        model=model_args.model_name_or_path,
+        data=[script_args.dataset, settings, script_args.num_train, script_args.style],
+        seed=training_args.seed,
+    )
+    start = model_args.model_name_or_path or stages.run(
+        "start", lambda folder: save_tiny_start(train, folder, seed=training_args.seed)
+    )
+    warm_settings = {**sft_settings, "warmup_epochs": script_args.warmup_epochs}
+    warm = stages.run(
+        "warmup", lambda folder: sft(start, train, folder, epochs=script_args.warmup_epochs), **warm_settings
+    )
+    made = {
+        "sft": (
+            lambda folder: sft(start, train, folder, epochs=script_args.sft_epochs),
+            {**sft_settings, "sft_epochs": script_args.sft_epochs},
+        ),
+        "offline_st": (
+            offline_st,
+            {
+                **warm_settings,
+                "samples": [script_args.st_samples, script_args.st_unique],
+                "epochs": script_args.st_epochs,
+            },
+        ),
+        "online_st": (online_st, {**warm_settings, "rounds": script_args.st_rounds}),
+        "reft": (
+            reft,
+            {
+                **warm_settings,
+                "partial_reward": script_args.partial_reward,
+                **{name: getattr(training_args, name) for name in REFT_SETTINGS},
+            },
+        ),
     }
     accuracy = {}
-    for name in (*([] if model_args.model_name_or_path else ["start"]), "warmup", *script_args.methods):
-        folder = output_dir / name
-        if not (folder / "config.json").exists():
-            stages[name](folder)
-        if name == "start":
-            continue
+    for name in ("warmup", *script_args.methods):
+        folder = warm if name == "warmup" else stages.run(name, made[name][0], **made[name][1])
         correct = evaluate_answers(*load(folder), test, grading, n_votes=script_args.num_votes, **answering)
         for measure, values in correct.items():
             accuracy.setdefault(measure, {})[name] = interval(values)

@@ -41,6 +41,7 @@ LAYERS = [
     (4, ["trainers"]),
     (4, ["tiny"]),
     (4, ["sft"]),
+    (4, ["stages"]),
     (4, ["plots"]),
     (4, ["diagnostics"]),
     (5, ["cli"]),

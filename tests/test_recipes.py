@@ -198,7 +198,7 @@ def test_the_card_plays_the_game(short_games):
     code = card.split("Let it play:")[1].split("```python\n")[1].split("```")[0]
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.count("Result=") == 8
+    assert result.stdout.count("\n[terminated, return ") == 8
 
 
 @pytest.mark.parametrize(
@@ -276,6 +276,8 @@ def test_reft_compares_all_methods(tmp_path, style):
     assert again.returncode == 0, again.stderr[-3000:]
     assert times == {path: path.stat().st_mtime for path in times} and len(times) == 6
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == accuracy
+    other = run("reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--seed", "7")
+    assert other.returncode != 0 and "seed 0, now 7" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,8 @@ def test_reft_compares_all_methods(tmp_path, style):
         (["--dataset", "gsm9k", "--dataset_kwargs", "{}"], "'gsm9k' is unknown"),
         (["--dataset", "gsm8k"], "only \"arithmetic\" has such settings, not 'gsm8k'"),
         (["--dataset_kwargs", '{"max_value": 1}'], "max_value"),
+        (["--dataset", "questions.json", "--dataset_kwargs", "{}"], "--test_dataset"),
+        (["--use_peft", "true"], "leave out use_peft"),
         (["--partial_reward", "1.5"], "partial"),
     ],
 )

@@ -169,7 +169,10 @@ def from_math_qa(row: Mapping[str, Any], numeric: bool = False) -> dict[str, str
     """
     stem, options, letter = _field(row, "Problem"), _field(row, "options"), _field(row, "correct").lower()
     if options.startswith("["):  # some rows hold a list as text
-        options = " , ".join(ast.literal_eval(options))
+        try:
+            options = " , ".join(ast.literal_eval(options))
+        except (SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError("`options` is no list of texts") from error
     texts = dict(_OPTION.findall(options))
     if letter not in texts:
         raise ValueError("`correct` is not among `options`")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +68,10 @@ def answer_questions(
     """
     state = PartialState()
     own = range(state.process_index, len(prompts), state.num_processes)
-    prompt_ids = [_prompt_ids(tokenizer, prompts[number]) for number in own]
+    all_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]  # all: or one process would raise, others wait
+    prompt_ids = [all_ids[number] for number in own]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, prompt_ids), default=0)
+    longest = max(map(len, all_ids), default=0)
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"A prompt of {longest} tokens with max_new_tokens={max_new_tokens} is longer than the model's "
@@ -141,7 +142,7 @@ def evaluate_answers(
     prompts, golds = dataset["prompt"][:], dataset["answer"][:]
     correct = {}
     greedy = [answer for (answer,) in answer_questions(model, tokenizer, prompts, **kwargs)]
-    read = grading.read(greedy, prompts)
+    read = _read(grading, greedy, prompts)
     correct["greedy"] = [grading.is_correct(value, gold) for value, gold in zip(read, golds, strict=True)]
     if n_votes:
         sampled = answer_questions(model, tokenizer, prompts, n=n_votes, temperature=temperature, seed=seed, **kwargs)
@@ -188,11 +189,18 @@ def self_training_rows(
     return Dataset.from_list(rows, features=dataset.features) if rows else dataset.select([])
 
 
+def _read(grading: Grading, texts: list[str], prompts: list[str]) -> list[Any]:
+    """By one process for all: programs may hit their time limit in one and not in another."""
+    state = PartialState()
+    read = [grading.read(texts, prompts) if state.is_main_process else None]
+    return (broadcast_object_list(read) if state.num_processes > 1 else read)[0]
+
+
 def _read_all(grading: Grading, sampled: list[list[str]], prompts: list[str]) -> list[list[Any]]:
     """All at once: programs run side by side."""
     texts = [text for own in sampled for text in own]
     asked = [prompt for prompt, own in zip(prompts, sampled, strict=True) for _ in own]
-    values = iter(grading.read(texts, asked))
+    values = iter(_read(grading, texts, asked))
     return [[next(values) for _ in own] for own in sampled]
 
 

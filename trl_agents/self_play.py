@@ -51,6 +51,7 @@ class OpponentPool(TrainerCallback):
     ```python
     >>> pool = OpponentPool()
     >>> env = functools.partial(make_env, "trl_agents/TicTacToe-v0", opponent=pool, seat="random")
+    >>> args = AgentGRPOConfig("self-play", context="window", window=0)  # positions alone, as the opponent reads them
     >>> trainer = AgentGRPOTrainer("Qwen/Qwen3-0.6B", env=env, args=args)
     >>> pool.bind(trainer)
     >>> trainer.train()
@@ -131,7 +132,7 @@ class OpponentPool(TrainerCallback):
                 "cast_lm_head_to_fp32=True ties a forward pass to the policy's own weights, which a past self must "
                 "not use. Use False with OpponentPool."
             )
-        if (trainer.args.context, trainer.args.window) != ("window", 0):
+        if (trainer.args.context, trainer.args.window) != ("window", 0) and trainer.accelerator.is_main_process:
             warnings.warn(
                 f"With context={trainer.args.context!r} and window={trainer.args.window} the policy reads a position "
                 "with what came before it, and a past self reads the position alone: a model that knows little beside "

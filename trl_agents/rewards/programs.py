@@ -21,7 +21,7 @@ from typing import Any
 from .answers import find_number, numbers_equal
 from .completions import answer_column, completion_texts, variant_name
 from .numeric import gold_number
-from .program_check import MAX_SOURCE, check_program
+from .program_check import MAX_SOURCE, check_program, parse_quietly
 from .sandbox import ProgramResult, ProgramRunner
 
 
@@ -114,7 +114,7 @@ def _begun_function(prompt: Any) -> tuple[str, str]:
         body = _BODY.search(head)
         indent = body[1] if body else "    "
         try:
-            functions = ast.parse(f"{head.rstrip()}\n{indent}pass\n").body
+            functions = parse_quietly(f"{head.rstrip()}\n{indent}pass\n").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
         if len(functions) == 1 and not isinstance(functions[0].body[-2:][0], (ast.Return, ast.Raise)):

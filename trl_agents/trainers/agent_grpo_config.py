@@ -209,7 +209,8 @@ class AgentGRPOConfig(GRPOConfig):
             raise ValueError(f"num_generations={self.num_generations!r}: give a number of at least 2, or 1 with PPO.")
         if not 0.0 <= self.discount <= 1.0:
             raise ValueError(f"discount={self.discount!r} must lie between 0 and 1.")
-        if self.context == "chat" and self.window is not None:
+        # 0 passes, so that `--context chat` can override a file that says `window: 0`
+        if self.context == "chat" and self.window:
             raise ValueError(f"window={self.window} has no effect with context='chat': use context='window'.")
         if self.context == "window" and self.loss_type not in TOKEN_LOSSES:
             raise ValueError(

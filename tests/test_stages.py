@@ -1,0 +1,44 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Stages are run once, with the settings they are asked for, and whole or again."""
+
+import json
+
+import pytest
+
+from trl_agents.stages import STAMP, Stages
+
+
+def test_a_stage_is_run_once(tmp_path):
+    made = []
+    for _ in range(2):
+        stages = Stages(tmp_path, seed=3, data=("gsm8k", {"n": 2}))
+        assert stages.run("warmup", made.append, epochs=2) == tmp_path / "warmup"
+    assert made == [tmp_path / "warmup"]
+    assert json.loads((tmp_path / "warmup" / STAMP).read_text()) == {
+        "seed": 3,
+        "data": ["gsm8k", {"n": 2}],
+        "epochs": 2,
+    }
+
+
+def test_an_interrupted_stage_is_run_again(tmp_path):
+    def breaks(folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stages(tmp_path).run("warmup", breaks)
+    made = []
+    Stages(tmp_path).run("warmup", made.append)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    ("common", "own", "told"),
+    [({"seed": 4}, {"epochs": 2}, "seed 3, now 4"), ({"seed": 3}, {"epochs": 5}, "epochs 2, now 5")],
+)
+def test_other_settings_are_told(tmp_path, common, own, told):
+    Stages(tmp_path, seed=3).run("warmup", lambda folder: None, epochs=2)
+    with pytest.raises(ValueError, match=f"{told}.*delete the folder"):
+        Stages(tmp_path, **common).run("warmup", lambda folder: None, **own)

@@ -1,0 +1,83 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The stages of a recipe, each in a folder of its own: what is done already is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+STAMP = "stage.json"
+
+
+class Stages:
+    """
+    Runs stages and remembers them. A stage that ended leaves `stage.json` with its settings, written last: one that was
+    interrupted has none and is run again.
+
+    Every process of a distributed run must make the same calls.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Where the stages' folders are.
+        **settings:
+            What all stages depend on (data, seed, the model they start from); values that JSON can hold.
+
+    Example:
+
+    ```python
+    >>> stages = Stages("outputs/run", dataset="gsm8k", seed=0)
+    >>> warmup = stages.run("warmup", lambda folder: fine_tune(model, rows, folder, epochs=2), epochs=2)
+    ```
+    """
+
+    def __init__(self, output_dir: str | Path, **settings: Any):
+        self.output_dir, self.settings = Path(output_dir), settings
+
+    def run(self, name: str, make: Callable[[Path], Any], **settings: Any) -> Path:
+        """
+        Run a stage, unless it is done.
+
+        Args:
+            name (`str`):
+                Its folder.
+            make (`Callable[[Path], Any]`):
+                Does the work, and leaves the results in the folder it is given.
+            **settings:
+                What this stage depends on besides.
+
+        Returns:
+            `Path`: the folder.
+
+        Raises:
+            `ValueError`: if the stage was done with other settings.
+        """
+        state, folder = PartialState(), self.output_dir / name
+        asked = json.loads(json.dumps({**self.settings, **settings}, default=str))
+        # One process looks and tells the others: each for itself might look while another writes
+        found = [None]
+        if state.is_main_process and (folder / STAMP).exists():
+            found = [json.loads((folder / STAMP).read_text())]
+        (done,) = broadcast_object_list(found) if state.num_processes > 1 else found
+        if done is None:
+            make(folder)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / STAMP).write_text(json.dumps(asked, indent=2))
+            state.wait_for_everyone()
+        elif done != asked:
+            differ = {
+                key: (done.get(key), asked.get(key)) for key in {*done, *asked} if done.get(key) != asked.get(key)
+            }
+            told = ", ".join(f"{key} {was!r}, now {now!r}" for key, (was, now) in sorted(differ.items()))
+            raise ValueError(
+                f"{str(folder)!r} holds a stage that was run with other settings ({told}): use another output_dir, or "
+                "delete the folder and those of the stages after it."
+            )
+        return folder
