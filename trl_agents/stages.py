@@ -17,8 +17,8 @@ STAMP = "stage.json"
 
 class Stages:
     """
-    Runs stages and remembers them. A stage that ended leaves `stage.json` with its settings, written last: one that was
-    interrupted has none and is run again.
+    Runs stages and remembers them. A stage that ended leaves `stage.json` with its settings, written last: one that
+    was interrupted has none and is run again.
 
     Every process of a distributed run must make the same calls.
 
