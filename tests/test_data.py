@@ -434,3 +434,9 @@ class TestPromptCompletion:
     def test_bad_arguments(self, row, style, match):
         with pytest.raises(ValueError, match=match):
             prompt_completion(Dataset.from_list([row]), style=style)
+
+
+@pytest.mark.parametrize("options", ["['a ) 1 , 'b ) 2']", "[1, 2]", "["])
+def test_options_that_are_no_list_cost_one_row(options):
+    with pytest.raises(ValueError, match="`options` is no list of texts"):
+        from_math_qa(changed(MATH_QA, options=options))

@@ -18,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,13 @@ def test_check_allows(source):
 )
 def test_check_survives(source, reasons):
     assert check_program(source) in reasons
+
+
+def test_check_is_quiet():
+    """What Python warns of in a model's text is nobody's business, and no syntax error where warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_program('def solution():\n    return "\\d" if 1 is 1 else 2') is None
 
 
 def test_check_never_raises():

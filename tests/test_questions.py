@@ -107,6 +107,8 @@ def test_sampled_answers_depend_on_seed_and_number_alone(model, tokenizer):
     assert many == answer_questions(model, tokenizer, prompts, seed=1, n_slots=2, **ask)
     assert many != answer_questions(model, tokenizer, prompts, seed=2, **ask)
     assert [len(own) for own in many] == [3] * 4 and len(set(many[0])) > 1
+    first, again = answer_questions(model, tokenizer, [prompts[0]] * 2, **ask)
+    assert first != again  # a question that stands twice is answered anew
 
 
 def test_conversations_are_rendered(model, tokenizer):

@@ -19,11 +19,11 @@ from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ._trl import SFTConfig, SFTTrainer
 from .actions import ActionParser
 from .agents import Agent, RandomAgent, play_episode
 from .contexts import Briefing, last, opening_message, transition_line, window_message
 from .envs.make import make_env
+from .sft import fine_tune
 from .types import Trajectory
 
 
@@ -205,29 +205,18 @@ def make_tiny_model(
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
     tokenizer = tiny_tokenizer(texts, phrases=_standing_texts(env))
     model = tiny_model(tokenizer, seed=seed)
-    batch_size_here = max(batch_size // PartialState().num_processes, 1)
     # Loss on all tokens, not only the replies: reading an episode is what teaches the model to look things up in it
-    defaults = {
-        "learning_rate": 3e-3,
+    settings = {
+        "max_steps": max(len(dataset) // batch_size, 1),
         "lr_scheduler_type": "cosine",
         "warmup_steps": 20,
-        "per_device_train_batch_size": batch_size_here,
-        "max_steps": max(len(dataset) // batch_size, 1),
-        "max_length": None,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 25,
-        "save_strategy": "no",
-        "report_to": [],
-        "seed": seed,
         "disable_tqdm": disable_tqdm,
+        "learning_rate": 3e-3,
+        **sft_kwargs,
     }
-    args = SFTConfig(str(output_dir), **{**defaults, **sft_kwargs})
-    trainer = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model(str(output_dir))
-    trainer.accelerator.wait_for_everyone()
-    return str(output_dir)
+    return fine_tune(
+        model, dataset, output_dir, epochs=1, batch_size=batch_size, tokenizer=tokenizer, seed=seed, **settings
+    )
 
 
 def play_transcripts(
