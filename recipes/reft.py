@@ -10,28 +10,38 @@ Without --config it runs recipes/configs/reft_tiny.yaml; without --model_name_or
 learns from nothing. A stage that is done is not trained again. recipes/README.md says what to expect.
 """
 
+import copy
 import functools
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets import concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.data import load_questions, prompt_completion
-from trl_agents.evaluation import interval, markdown_table
-from trl_agents.plots import plot_accuracy, plot_learning_curve
-from trl_agents.questions import evaluate_answers, self_training_rows
+from trl_agents.evaluation import interval
+from trl_agents.plots import plot_learning_curve
+from trl_agents.questions import answer_pairs, evaluate_answers, self_training_rows
+from trl_agents.report import report_stages
+from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages
+from trl_agents.stages import Stages, last_checkpoint
 from trl_agents.tiny import save_tiny_start
 
 
-METHODS = ("sft", "offline_st", "online_st", "reft")
+# ReFT and its ablations: what they change of the settings
+REFT = {
+    "reft": {},
+    "reft_no_partial": {"partial_reward": 0.0},
+    "reft_no_kl": {"beta": 0.0},
+    "reft_separate_critic": {"separate_critic": True},
+}
+METHODS = ("sft", "offline_st", "online_st", *REFT)
 # What its result depends on most: a finished stage is kept only if they are the same
 REFT_SETTINGS = (
     "max_steps",
@@ -40,6 +50,7 @@ REFT_SETTINGS = (
     "beta",
     "num_iterations",
     "per_device_train_batch_size",
+    "separate_critic",
 )
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reft_tiny.yaml"
 
@@ -77,6 +88,12 @@ class ScriptArguments:
     st_rounds: int = field(default=10, metadata={"help": "Online self-training: rounds of sampling and training."})
     partial_reward: float = field(default=0.1, metadata={"help": "Reward of a wrong number; 0 switches it off."})
     num_votes: int = field(default=0, metadata={"help": "Also evaluate the majority vote of so many answers."})
+    rerank: bool = field(
+        default=False, metadata={"help": "Also evaluate a reward model's choice among the answers that vote."}
+    )
+    rerank_epochs: float = field(
+        default=3, metadata={"help": "Epochs of the reward model, on answers of the warmed-up model."}
+    )
 
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
@@ -85,6 +102,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     settings = json.loads(settings) if isinstance(settings, str) else settings
     if Path(script_args.dataset).suffix and script_args.test_dataset is None:
         raise ValueError(f"dataset={script_args.dataset!r} is one file: name another to test on, --test_dataset.")
+    if script_args.rerank and not script_args.num_votes:
+        raise ValueError("rerank chooses among sampled answers, and num_votes=0 samples none: give their number.")
+    if training_args.resume_from_checkpoint:
+        raise ValueError("Stages go on by themselves where they were interrupted: leave resume_from_checkpoint out.")
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
     train = load_questions(script_args.dataset, "train", **settings)
@@ -95,7 +116,6 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     )
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
-    reward = grading.reward  # refuses its settings now, not after the warm-up
     sft_settings = {
         "learning_rate": script_args.sft_learning_rate,
         "batch_size": script_args.sft_batch_size,
@@ -112,12 +132,12 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     )
     answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
 
-    def load(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder).to(training_args.device)
+    def load(folder, model_class=AutoModelForCausalLM):
+        model = model_class.from_pretrained(folder).to(training_args.device)
         return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
-    def sample(folder, **kwargs):
-        return self_training_rows(*load(folder), train, grading, **kwargs, **answering)
+    def sample(folder, take=self_training_rows, **kwargs):
+        return take(*load(folder), train, grading, **kwargs, **answering)
 
     def offline_st(folder):
         right = sample(warm, n=script_args.st_samples, most=script_args.st_unique, seed=training_args.seed)
@@ -132,21 +152,39 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             given = train.shuffle(seed=training_args.seed + number).select(range(n_given))
             model = sft(model, concatenate_datasets([given, right]), folder, epochs=1)
 
-    def reft(folder):
-        training_args.output_dir = str(folder)
+    def reft(folder, partial_reward=script_args.partial_reward, **changes):
+        args = copy.copy(training_args)
+        for name, value in {"output_dir": str(folder), **changes}.items():
+            setattr(args, name, value)
         trainer = AgentPPOTrainer(
             str(warm),
-            reward_funcs=reward,
-            args=training_args,
+            reward_funcs=replace(grading, partial=partial_reward).reward,
+            args=args,
             train_dataset=train.select_columns(["prompt", "answer"]),
             processing_class=AutoTokenizer.from_pretrained(warm, padding_side="left"),
         )
-        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(folder)
         trainer.create_model_card()
         if trainer.is_world_process_zero():
-            metric = f"rewards/{reward.__name__}/mean"
-            plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", metric, "reward")
+            plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", "reward", "reward")
+
+    def reranker(folder):
+        pairs = sample(
+            warm, answer_pairs, n=script_args.st_samples, most=script_args.st_unique, seed=training_args.seed
+        )
+        fit_reward_model(
+            warm,
+            pairs,
+            folder,
+            epochs=script_args.rerank_epochs,
+            learning_rate=script_args.sft_learning_rate / 10,
+            batch_size=script_args.sft_batch_size,
+            seed=training_args.seed,
+            bf16=training_args.bf16,
+            use_cpu=training_args.use_cpu,
+            disable_tqdm=training_args.disable_tqdm,
+        )
 
     stages = Stages(
         output_dir,
@@ -161,39 +199,36 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     warm = stages.run(
         "warmup", lambda folder: sft(start, train, folder, epochs=script_args.warmup_epochs), **warm_settings
     )
+    sampling = {"samples": [script_args.st_samples, script_args.st_unique]}
     made = {
         "sft": (
             lambda folder: sft(start, train, folder, epochs=script_args.sft_epochs),
             {**sft_settings, "sft_epochs": script_args.sft_epochs},
         ),
-        "offline_st": (
-            offline_st,
-            {
-                **warm_settings,
-                "samples": [script_args.st_samples, script_args.st_unique],
-                "epochs": script_args.st_epochs,
-            },
-        ),
+        "offline_st": (offline_st, {**warm_settings, **sampling, "epochs": script_args.st_epochs}),
         "online_st": (online_st, {**warm_settings, "rounds": script_args.st_rounds}),
-        "reft": (
-            reft,
-            {
-                **warm_settings,
-                "partial_reward": script_args.partial_reward,
-                **{name: getattr(training_args, name) for name in REFT_SETTINGS},
-            },
-        ),
     }
+    for name, changes in REFT.items():
+        ppo_settings = {setting: getattr(training_args, setting) for setting in REFT_SETTINGS}
+        ppo_settings |= {"partial_reward": script_args.partial_reward, **changes}
+        made[name] = functools.partial(reft, **changes), {**warm_settings, **ppo_settings}
+    scorer = None
+    if script_args.rerank:
+        judge = stages.run("reranker", reranker, **warm_settings, **sampling, epochs=script_args.rerank_epochs)
+        scorer = functools.partial(score_answers, *load(judge, AutoModelForSequenceClassification))
+    folders = {
+        "warmup": warm,
+        **{name: stages.run(name, made[name][0], **made[name][1]) for name in script_args.methods},
+    }
+
     accuracy = {}
-    for name in ("warmup", *script_args.methods):
-        folder = warm if name == "warmup" else stages.run(name, made[name][0], **made[name][1])
-        correct = evaluate_answers(*load(folder), test, grading, n_votes=script_args.num_votes, **answering)
+    for name, folder in folders.items():
+        correct = evaluate_answers(
+            *load(folder), test, grading, n_votes=script_args.num_votes, scorer=scorer, **answering
+        )
         for measure, values in correct.items():
             accuracy.setdefault(measure, {})[name] = interval(values)
-    if training_args.process_index == 0:
-        (output_dir / "metrics.json").write_text(json.dumps({"accuracy": accuracy}, indent=2, default=asdict))
-        plot_accuracy(accuracy, output_dir / "accuracy.png", f"{len(test)} test questions")
-        print(markdown_table(accuracy, "model"))
+    report_stages(output_dir, accuracy, f"{len(test)} test questions", folders=folders.values())
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ LAYERS = [
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
     (4, ["tiny", "sft"]),
+    (4, ["reward_model"]),
     (4, ["stages"]),
-    (4, ["plots"]),
+    (4, ["plots", "report"]),
     (4, ["diagnostics"]),
     (5, ["cli"]),
 ]

@@ -314,21 +314,16 @@ def sharded_model(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("sharded"), hidden_size=64)
 
 
-@pytest.fixture(scope="module")
-def alone(sharded_model, tmp_path_factory):
-    """The same two steps in one plain process."""
-    trainer = zero_trainer(sharded_model, tmp_path_factory.mktemp("alone"))
-    trainer.train()
-    return outcome(trainer)
-
-
 @pytest.mark.slow
+@pytest.mark.parametrize("separate_critic", [False, True], ids=["shared", "separate"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_deepspeed_shards_is_saved_whole(sharded_model, alone, tmp_path, stage):
-    folder = tmp_path / "out"
-    launch("zero", sharded_model, folder, stage)
+def test_what_deepspeed_shards_is_saved_whole(sharded_model, tmp_path, stage, separate_critic):
+    folder, critic = tmp_path / "out", {"separate_critic": separate_critic}
+    launch("zero", sharded_model, folder, stage, json.dumps(critic))
     found = found_in(folder)
-    compare(found, alone, 1e-4)  # sharding changes nothing
+    alone = zero_trainer(sharded_model, tmp_path / "alone", **critic)
+    alone.train()
+    compare(found, outcome(alone), 1e-4)  # sharding changes nothing
     assert found["rates"][-1] == pytest.approx(3 * found["rates"][0])
 
     for saved in (folder, folder / "checkpoint-2"):
@@ -337,13 +332,13 @@ def test_what_deepspeed_shards_is_saved_whole(sharded_model, alone, tmp_path, st
         assert not any(notes[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         head = load_file(saved / VALUE_HEAD_FILE)
         assert head["weight"].any() and {tensor.dtype for tensor in head.values()} == {torch.float32}
-        trainer = zero_trainer(str(saved), tmp_path / "loaded")
+        trainer = zero_trainer(str(saved), tmp_path / "loaded", **critic)
         assert all(torch.equal(head[name], value) for name, value in trainer.value_head.state_dict().items())
         loaded = outcome(trainer)
         close(loaded["values"], found["values"])
         close(loaded["logps"], found["logps"], 1e-5)
 
-    launch("zero", sharded_model, tmp_path / "resumed", stage, "{}", folder / "checkpoint-1")
+    launch("zero", sharded_model, tmp_path / "resumed", stage, json.dumps(critic), folder / "checkpoint-1")
     compare(found_in(tmp_path / "resumed"), found, 1e-6)
 
 

@@ -25,7 +25,7 @@ from trl_agents.value_head import VALUE_HEAD_FILE
 
 SCRIPT = acts("abc", "b?", "s", "cbs")  # episodes of different lengths; `?` ends one by itself
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-KINDS = ["full", "lora", "qlora"]
+KINDS = ["full", "separate", "lora", "qlora"]  # what is trained; "separate" has a critic of its own
 
 
 class ScriptedPPOTrainer(ScriptedTrainer, AgentPPOTrainer):
@@ -44,10 +44,12 @@ def make(folder, model, *, script=SCRIPT, kind="full", callbacks=None, optimizer
     }
     kwargs = {"callbacks": callbacks, "optimizers": optimizers}
     if isinstance(model, str):  # else the adapter is on it already
-        if kind != "full":
+        if "lora" in kind:
             kwargs["peft_config"] = LoraConfig(**LORA)
         if kind == "qlora":
             kwargs["quantization_config"] = quantization()
+    if kind == "separate":
+        defaults["separate_critic"] = True
     args = make_config(folder, AgentPPOConfig, **(defaults | settings))
     trainer = ScriptedPPOTrainer(model, env=Pay, args=args, **kwargs)
     trainer.script = script
@@ -106,7 +108,7 @@ def test_saved_loaded_resumed(model_dir, tmp_path, kind):
 
     for folder in (tmp_path / "whole", tmp_path / "whole" / "checkpoint-2"):
         assert same(load_file(folder / VALUE_HEAD_FILE), head)
-        weights = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
+        weights = "adapter_model.safetensors" if "lora" in kind else "model.safetensors"
         assert not [name for name in load_file(folder / weights) if "value_head" in name]
         for loaded in load(folder, kind, tmp_path):
             assert same(head_of(loaded), head)
@@ -120,11 +122,11 @@ def test_saved_loaded_resumed(model_dir, tmp_path, kind):
 
 def load(folder, kind, tmp_path):
     """A trainer for each way to come back to a saved model."""
-    if kind == "full":
+    if "lora" not in kind:
         _, notes = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(notes[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        yield make(tmp_path / "loaded", str(folder))
-        yield make(tmp_path / "loaded", AutoModelForCausalLM.from_pretrained(folder))
+        yield make(tmp_path / "loaded", str(folder), kind=kind)
+        yield make(tmp_path / "loaded", AutoModelForCausalLM.from_pretrained(folder), kind=kind)
         return
     # A model with an adapter does not remember the adapter's folder
     settings = {"kind": kind, "value_head_init": str(folder)}
@@ -287,9 +289,11 @@ def test_half_precision_and_gradient_checkpointing(model_dir, tmp_path, kind, ch
     trainer.train()
     assert all(log["grad_norm"] > 0 for log in told(trainer))
     after = head_of(trainer)
-    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert after["weight"].dtype == after["bias"].dtype == torch.float32
     assert not torch.equal(before["weight"], after["weight"])
-    assert load_file(tmp_path / "out" / "checkpoint-2" / VALUE_HEAD_FILE)["weight"].dtype == torch.float32
+    saved = load_file(tmp_path / "out" / "checkpoint-2" / VALUE_HEAD_FILE)
+    assert saved["weight"].dtype == torch.float32
+    assert {value.dtype for name, value in saved.items() if name.startswith("trunk.")} <= {torch.bfloat16}
     trunk = next(p for name, p in trainer.model.named_parameters() if "norm" in name)
     assert trunk.dtype == torch.bfloat16
 

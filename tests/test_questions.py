@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_agents import questions
 from trl_agents.data import prompt_completion
@@ -15,7 +15,6 @@ from trl_agents.questions import (
     answer_questions,
     evaluate_answers,
     majority_vote,
-    score_answers,
     self_training_rows,
 )
 from trl_agents.rewards import Grading
@@ -159,30 +158,6 @@ def test_self_training_keeps_what_is_right_once(scripted):
     assert rows["question"][:] == [ROWS[0]["question"]] * 2 and rows.features == ROWS.features
     assert len(self_training_rows(None, None, ROWS, Grading(), n=4, most=1)) == 1
     assert len(self_training_rows(None, None, ROWS, Grading(), n=1, most=1)) == 0
-
-
-@pytest.mark.parametrize("n_labels", [1, 2])
-def test_scores_do_not_depend_on_the_batch(tokenizer, n_labels):
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, num_labels=n_labels, pad_token_id=0, n_positions=64
-    )
-    classifier = GPT2ForSequenceClassification(config)
-    prompts, answers = (
-        ["Ana has 2 pens.", "Ana"],
-        [
-            [" 2", " 3 pens and 4 pens"],
-            [],
-        ],
-    )
-    answers[1] = [" has"]
-    together = score_answers(classifier, tokenizer, prompts, answers)
-    alone = score_answers(classifier, tokenizer, prompts, answers, batch_size=1)
-    assert [len(own) for own in together] == [2, 1]
-    assert torch.allclose(torch.tensor(sum(together, [])), torch.tensor(sum(alone, [])), atol=1e-5)
-    classifier.config.num_labels = 3
-    with pytest.raises(ValueError, match="this one has 3"):
-        score_answers(classifier, tokenizer, prompts, answers)
 
 
 class TestGrading:

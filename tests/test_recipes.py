@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -250,34 +251,82 @@ def test_self_play_learns_to_draw_with_the_optimal_player(tmp_path):
 
 # -- reft -------------------------------------------------------------------------------------------------------------
 
-SMALL_REFT = ["--dataset_kwargs", '{"n": 24, "max_value": 9, "operations": "+"}', "--num_test", 6]
-SMALL_REFT += ["--warmup_epochs", 2, "--sft_epochs", 3, "--sft_batch_size", 8, "--max_steps", 2]
-SMALL_REFT += ["--per_device_train_batch_size", 2, "--max_completion_length", 12, "--disable_tqdm", "true"]
-SMALL_REFT += ["--st_samples", 2, "--st_epochs", 1, "--st_rounds", 2, "--num_votes", 3]
+SMALL_REFT = ["--dataset_kwargs", '{"n": 24, "min_steps": 1, "max_steps": 1, "max_value": 9}', "--num_test", 6]
+SMALL_REFT += ["--warmup_epochs", 30, "--sft_epochs", 3, "--sft_batch_size", 8, "--max_steps", 2]
+SMALL_REFT += ["--per_device_train_batch_size", 2, "--max_completion_length", 40, "--disable_tqdm", "true"]
+SMALL_REFT += [
+    "--logging_steps",
+    1,
+    "--st_samples",
+    8,
+    "--st_epochs",
+    1,
+    "--st_rounds",
+    2,
+    "--num_votes",
+    3,
+    "--rerank",
+    "true",
+]
+METHODS = ["sft", "offline_st", "online_st", "reft", "reft_no_partial", "reft_no_kl", "reft_separate_critic"]
 
 
 @pytest.mark.parametrize("style", ["words", "program"])
 def test_reft_compares_all_methods(tmp_path, style):
-    methods = ["sft", "offline_st", "online_st", "reft"]
-    result = run("reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *methods)
+    arguments = ["reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *METHODS]
+    result = run(*arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    accuracy = json.loads((tmp_path / "metrics.json").read_text())["accuracy"]
-    assert list(accuracy) == ["greedy", "vote@3"]
+    accuracy = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(accuracy) == ["greedy", "vote@3", "rerank@3"]
     for values in accuracy.values():
-        assert list(values) == ["warmup", *methods]
+        assert list(values) == ["warmup", *METHODS]
         assert all(set(value) == {"mean", "low", "high"} and 0 <= value["mean"] <= 1 for value in values.values())
-    assert "| reft |" in result.stdout
-    for name in ("accuracy.png", "learning_curve.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "reft" / "value_head.safetensors").exists() and (tmp_path / "reft" / "README.md").exists()
+    assert "| reft_no_kl |" in result.stdout
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for method in METHODS:
+        card = (tmp_path / method / "README.md").read_text()
+        assert "| reft_no_kl |" in card and (tmp_path / method / "accuracy.png").exists()
+        assert (tmp_path / method / "value_head.safetensors").exists() == method.startswith("reft")
+        assert (tmp_path / method / "learning_curve.png").exists() == method.startswith("reft")
+    # The ablations ablate
+    logs = {method: last_log(tmp_path / method) for method in METHODS if method.startswith("reft")}
+    assert [name for name, log in logs.items() if "agents/kl_mean" not in log] == ["reft_no_kl"]
+    reward = "program_reward" if style == "program" else "numeric_reward"
+    assert f"rewards/{reward}/mean" in logs["reft"]
+    assert f"rewards/{reward}_partial_0/mean" in logs["reft_no_partial"]
+    sizes = {method: (tmp_path / method / "value_head.safetensors").stat().st_size for method in logs}
+    assert [name for name, size in sizes.items() if size > 2 * sizes["reft"]] == ["reft_separate_critic"]
     # A second run finds its stages done, and measures the same
     times = {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
-    again = run("reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *methods)
+    again = run(*arguments)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert times == {path: path.stat().st_mtime for path in times} and len(times) == 6
-    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == accuracy
+    assert times == {path: path.stat().st_mtime for path in times} and len(times) == 3 + len(METHODS)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == accuracy
     other = run("reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--seed", "7")
     assert other.returncode != 0 and "seed 0, now 7" in other.stderr
+
+
+def last_log(folder):
+    """Of the last checkpoint's training log."""
+    state = max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
+    return next(log for log in reversed(json.loads(state.read_text())["log_history"]) if "reward" in log)
+
+
+def test_an_interrupted_reft_goes_on_where_it_was(tmp_path):
+    """Killed in its third update with a checkpoint of the second: those two are not made again."""
+    arguments = ["reft.py", "--output_dir", tmp_path, *SMALL_REFT, "--rerank", "false", "--methods", "reft"]
+    arguments += ["--max_steps", 3, "--save_steps", 1, "--save_total_limit", 3]
+    assert run(*arguments).returncode == 0
+    (tmp_path / "reft" / "stage.json").unlink()
+    whole = (tmp_path / "reft" / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "reft" / "checkpoint-3", ignore_errors=True)
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert (tmp_path / "reft" / "model.safetensors").read_bytes() == whole
+    assert again.stdout.count("'agents/value_loss'") == 1
+    (tmp_path / "reft" / "stage.json").unlink()
+    other = run(*arguments, "--beta", "0.5")
+    assert other.returncode != 0 and "was begun with other settings (beta 0.01, now 0.5)" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -289,6 +338,8 @@ def test_reft_compares_all_methods(tmp_path, style):
         (["--dataset", "questions.json", "--dataset_kwargs", "{}"], "--test_dataset"),
         (["--use_peft", "true"], "leave out use_peft"),
         (["--partial_reward", "1.5"], "partial"),
+        (["--rerank", "true"], "num_votes=0 samples none"),
+        (["--resume_from_checkpoint", "outputs"], "leave resume_from_checkpoint out"),
     ],
 )
 def test_mistakes_in_reft_are_told_first(tmp_path, arguments, said):

@@ -42,7 +42,7 @@ def check_trl_version(version: str) -> None:
 
 check_trl_version(trl.__version__)  # before anything is imported from TRL that another release may lack
 
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: E402
 from trl.models import unwrap_model_for_generation  # noqa: E402
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict  # noqa: E402
 
@@ -61,7 +61,16 @@ SEAM_PREFIXES = {
     "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
 }
 
-__all__ = ["GRPOConfig", "RolloutGRPOTrainer", "RolloutRows", "SFTConfig", "SFTTrainer", "check_trl"]
+__all__ = [
+    "GRPOConfig",
+    "RewardConfig",
+    "RewardTrainer",
+    "RolloutGRPOTrainer",
+    "RolloutRows",
+    "SFTConfig",
+    "SFTTrainer",
+    "check_trl",
+]
 
 
 def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:

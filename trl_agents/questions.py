@@ -1,20 +1,20 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 Language models answer questions: once by greedy decoding, or many times for a vote or a reward model's choice
-(the three evaluations of [ReFT](https://huggingface.co/papers/2401.08967), sections 4.4 and 4.5).
+(the three evaluations of [ReFT](https://huggingface.co/papers/2401.08967), sections 4.4 and 4.5), and to learn from.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .rewards.grading import Grading
@@ -115,12 +115,14 @@ def evaluate_answers(
     grading: Grading,
     *,
     n_votes: int = 0,
+    scorer: Callable[[Sequence[str], Sequence[Sequence[str]]], list[list[float]]] | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     **kwargs: Any,
 ) -> dict[str, list[bool]]:
     """
-    Which questions a model answers right: by greedy decoding, and by the vote of several sampled answers.
+    Which questions a model answers right: by greedy decoding, by the vote of several sampled answers, and by a reward
+    model's choice among them.
 
     Args:
         model, tokenizer:
@@ -130,26 +132,36 @@ def evaluate_answers(
         grading ([`~rewards.Grading`]):
             Reads and judges the answers.
         n_votes (`int`, *optional*, defaults to `0`):
-            Answers that vote; 0 for none.
+            Answers that are sampled besides; 0 for none.
+        scorer (`Callable`, *optional*):
+            From prompts and several answers to each, a score of each answer: [`~reward_model.score_answers`] with its
+            model and tokenizer.
         temperature (`float`, *optional*, defaults to `1.0`):
-            At which they are sampled.
+            At which answers are sampled.
         seed (`int`, *optional*, defaults to `0`):
             Seeds them.
 
     Returns:
-        `dict[str, list[bool]]`: `"greedy"` and, with `n_votes`, `"vote@<n_votes>"`; one entry a question.
+        `dict[str, list[bool]]`: `"greedy"` and, with `n_votes`, `"vote@<n_votes>"` and, with `scorer`,
+        `"rerank@<n_votes>"`; one entry a question.
     """
+    if scorer is not None and not n_votes:
+        raise ValueError("`scorer` chooses among sampled answers, and n_votes=0 samples none: give their number.")
     prompts, golds = dataset["prompt"][:], dataset["answer"][:]
-    correct = {}
+
+    def judge(values: Sequence[Any]) -> list[bool]:
+        return [grading.is_correct(value, gold) for value, gold in zip(values, golds, strict=True)]
+
     greedy = [answer for (answer,) in answer_questions(model, tokenizer, prompts, **kwargs)]
-    read = _read(grading, greedy, prompts)
-    correct["greedy"] = [grading.is_correct(value, gold) for value, gold in zip(read, golds, strict=True)]
+    correct = {"greedy": judge(_read(grading, greedy, prompts))}
     if n_votes:
         sampled = answer_questions(model, tokenizer, prompts, n=n_votes, temperature=temperature, seed=seed, **kwargs)
-        votes = [majority_vote(values) for values in _read_all(grading, sampled, prompts)]
-        correct[f"vote@{n_votes}"] = [
-            grading.is_correct(value, gold) for value, gold in zip(votes, golds, strict=True)
-        ]
+        read = _read_all(grading, sampled, prompts)
+        correct[f"vote@{n_votes}"] = judge([majority_vote(values) for values in read])
+        if scorer is not None:
+            scores = _by_main_process(lambda: scorer(prompts, sampled))
+            best = [values[int(np.argmax(own))] for values, own in zip(read, scores, strict=True)]
+            correct[f"rerank@{n_votes}"] = judge(best)
     return correct
 
 
@@ -180,20 +192,70 @@ def self_training_rows(
     Returns:
         [`~datasets.Dataset`] with the columns of `dataset`, the right answers as `completion`.
     """
-    prompts = dataset["prompt"][:]
-    sampled = answer_questions(model, tokenizer, prompts, n=n, temperature=temperature, seed=seed, **kwargs)
-    rows = []
-    for row, texts, values in zip(dataset, sampled, _read_all(grading, sampled, prompts), strict=True):
-        right = [text for text, value in zip(texts, values, strict=True) if grading.is_correct(value, row["answer"])]
-        rows += [{**row, "completion": text} for text in list(dict.fromkeys(right))[:most]]
+    judged = _judged_answers(model, tokenizer, dataset, grading, n=n, temperature=temperature, seed=seed, **kwargs)
+    rows = [
+        {**row, "completion": text} for row, (right, _) in zip(dataset, judged, strict=True) for text in right[:most]
+    ]
     return Dataset.from_list(rows, features=dataset.features) if rows else dataset.select([])
+
+
+def answer_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    grading: Grading,
+    *,
+    n: int,
+    most: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Dataset:
+    """
+    What a reward model learns to choose from: a model's right answers to `dataset`'s questions, each beside a wrong
+    one to the same question.
+
+    Args:
+        model, tokenizer, dataset, grading, n, temperature, seed, kwargs:
+            As for [`self_training_rows`].
+        most (`int`):
+            Most pairs of a question, no answer twice.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `prompt`, `chosen` and `rejected`.
+    """
+    judged = _judged_answers(model, tokenizer, dataset, grading, n=n, temperature=temperature, seed=seed, **kwargs)
+    rows = [
+        {"prompt": prompt, "chosen": good, "rejected": bad}
+        for prompt, (right, wrong) in zip(dataset["prompt"], judged, strict=True)
+        for good, bad in list(zip(right, wrong, strict=False))[:most]
+    ]
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in ("prompt", "chosen", "rejected")})
+
+
+def _judged_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, grading: Grading, **kwargs: Any
+) -> list[tuple[list[str], list[str]]]:
+    """The right and the wrong ones of the sampled answers to each question, equal ones once."""
+    prompts = dataset["prompt"][:]
+    sampled = answer_questions(model, tokenizer, prompts, **kwargs)
+    judged = []
+    for gold, texts, values in zip(dataset["answer"], sampled, _read_all(grading, sampled, prompts), strict=True):
+        right = {text: grading.is_correct(value, gold) for text, value in zip(texts, values, strict=True)}
+        judged.append(([text for text in right if right[text]], [text for text in right if not right[text]]))
+    return judged
+
+
+def _by_main_process(compute: Callable[[], Any]) -> Any:
+    """The main process's result, for all: another might come to a different one."""
+    state = PartialState()
+    computed = [compute() if state.is_main_process else None]
+    return (broadcast_object_list(computed) if state.num_processes > 1 else computed)[0]
 
 
 def _read(grading: Grading, texts: list[str], prompts: list[str]) -> list[Any]:
     """By one process for all: programs may hit their time limit in one and not in another."""
-    state = PartialState()
-    read = [grading.read(texts, prompts) if state.is_main_process else None]
-    return (broadcast_object_list(read) if state.num_processes > 1 else read)[0]
+    return _by_main_process(lambda: grading.read(texts, prompts))
 
 
 def _read_all(grading: Grading, sampled: list[list[str]], prompts: list[str]) -> list[list[Any]]:
@@ -208,60 +270,6 @@ def majority_vote(answers: Sequence[Hashable | None]) -> Hashable | None:
     """The most frequent answer that is not None, the first of equally frequent ones; None if there is none."""
     counts = Counter(answer for answer in answers if answer is not None)
     return counts.most_common(1)[0][0] if counts else None
-
-
-@torch.no_grad()
-def score_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[Sequence[str]],
-    *,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[list[float]]:
-    """
-    What a reward model thinks of each answer.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]):
-            Sequence classifier with one label (its logit is the score, as TRL's `RewardTrainer` trains it) or two (the
-            log-odds of the second, "correct", are).
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`Sequence[str]`):
-            The questions.
-        answers (`Sequence[Sequence[str]]`):
-            Any number of answers to each.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Answers in one forward pass.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
-
-    Returns:
-        `list[list[float]]`, shaped as `answers`.
-    """
-    if model.config.num_labels not in (1, 2):
-        raise ValueError(f"A reward model has one or two labels, and this one has {model.config.num_labels}.")
-    texts = [prompt + answer for prompt, own in zip(prompts, answers, strict=True) for answer in own]
-    # By length, so that little is padded
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    scores = [0.0] * len(texts)
-    training = model.training
-    model.eval()
-    try:
-        for start in tqdm(range(0, len(texts), batch_size), desc="Scores", leave=False, disable=not progress):
-            batch = order[start : start + batch_size]
-            ids = [tokenizer(texts[number])["input_ids"] + [tokenizer.eos_token_id] for number in batch]
-            inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right").to(model.device)
-            logits = model(**inputs).logits.float()  # (b, 1) or (b, 2)
-            values = logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0.0)
-            for number, value in zip(batch, values.tolist(), strict=True):
-                scores[number] = value
-    finally:
-        model.train(training)
-    remaining = iter(scores)
-    return [[next(remaining) for _ in own] for own in answers]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, Any]]) -> list[int]:

@@ -78,5 +78,6 @@ def fine_tune(
     )
     trainer.train()
     trainer.save_model(str(output_dir))
+    trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
     return str(output_dir)

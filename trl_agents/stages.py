@@ -10,15 +10,17 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import get_last_checkpoint
 
 
 STAMP = "stage.json"
+BEGUN = "stage_begun.json"
 
 
 class Stages:
     """
     Runs stages and remembers them. A stage that ended leaves `stage.json` with its settings, written last: one that
-    was interrupted has none and is run again.
+    was interrupted has none and is run again, from its [`last_checkpoint`] if it makes use of that.
 
     Every process of a distributed run must make the same calls.
 
@@ -55,29 +57,45 @@ class Stages:
             `Path`: the folder.
 
         Raises:
-            `ValueError`: if the stage was done with other settings.
+            `ValueError`: if the stage was done, or begun, with other settings.
         """
         state, folder = PartialState(), self.output_dir / name
         asked = json.loads(json.dumps({**self.settings, **settings}, default=str))
         # One process looks and tells the others: each for itself might look while another writes
-        found = [None]
-        if state.is_main_process and (folder / STAMP).exists():
-            found = [json.loads((folder / STAMP).read_text())]
-        (done,) = broadcast_object_list(found) if state.num_processes > 1 else found
-        if done is None:
-            make(folder)
-            state.wait_for_everyone()
-            if state.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / STAMP).write_text(json.dumps(asked, indent=2))
-            state.wait_for_everyone()
-        elif done != asked:
+        found = [None, None]
+        if state.is_main_process:
+            found = [
+                json.loads((folder / stamp).read_text()) if (folder / stamp).exists() else None
+                for stamp in (STAMP, BEGUN)
+            ]
+        done, begun = broadcast_object_list(found) if state.num_processes > 1 else found
+        earlier = begun if done is None else done
+        if earlier is not None and earlier != asked:
             differ = {
-                key: (done.get(key), asked.get(key)) for key in {*done, *asked} if done.get(key) != asked.get(key)
+                key: (earlier.get(key), asked.get(key))
+                for key in {*earlier, *asked}
+                if earlier.get(key) != asked.get(key)
             }
             told = ", ".join(f"{key} {was!r}, now {now!r}" for key, (was, now) in sorted(differ.items()))
             raise ValueError(
-                f"{str(folder)!r} holds a stage that was run with other settings ({told}): use another output_dir, or "
-                "delete the folder and those of the stages after it."
+                f"{str(folder)!r} holds a stage that was {'begun' if done is None else 'run'} with other settings "
+                f"({told}): use another output_dir, or delete the folder and those of the stages after it."
             )
+        if done is None:
+            self._stamp(folder / BEGUN, asked)
+            make(folder)
+            self._stamp(folder / STAMP, asked)
         return folder
+
+    def _stamp(self, path: Path, settings: dict[str, Any]) -> None:
+        state = PartialState()
+        state.wait_for_everyone()
+        if state.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(settings, indent=2))
+        state.wait_for_everyone()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest of a stage's checkpoints, for `train(resume_from_checkpoint=...)`; None if there is none yet."""
+    return get_last_checkpoint(folder) if folder.is_dir() else None

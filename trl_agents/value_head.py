@@ -1,8 +1,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""A value head on a policy's own trunk: attach, read, save, load."""
+"""A value head on a policy's trunk, or on one of its own: attach, read, save, load."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,11 +56,11 @@ class ValueHead(nn.Linear):
     def attach(self, model: PreTrainedModel) -> ValueHead:
         """Become a submodule of `model`, a causal language model without its adapter wrapper."""
         setattr(model, VALUE_HEAD_NAME, self.to(model.device))
-        model.base_model.register_forward_hook(self._hear)
+        model.base_model.register_forward_hook(self._hear, with_kwargs=True)
         model.register_forward_hook(self._show)
         return self
 
-    def _hear(self, trunk: nn.Module, args: tuple, output: Any) -> None:
+    def _hear(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._heard is not None:
             self._heard.append(self(output.last_hidden_state))
 
@@ -112,17 +113,78 @@ class ValueHead(nn.Linear):
                 f"{name!r} has no linear head `score` with one output: give a reward model as TRL's RewardTrainer "
                 "saves it."
             )
-        weights = {"weight": head.weight.detach().float()}
-        weights["bias"] = torch.zeros(1) if head.bias is None else head.bias.detach().float()
-        self._copy(weights, name)
+        with gathered(reward_model):
+            weights = {"weight": head.weight.detach().float().clone()}
+            weights["bias"] = torch.zeros(1) if head.bias is None else head.bias.detach().float().clone()
+        self._take(reward_model)
+        self._copy({**self.state_dict(), **weights}, name)
+
+    def _take(self, reward_model: PreTrainedModel) -> None:
+        """What besides its head is taken from a reward model: nothing, this head reads the policy's trunk."""
 
     def _copy(self, weights: dict[str, torch.Tensor], source: str) -> None:
+        own_trunk, saved_trunk = len(self.state_dict()) > 2, len(weights) > 2
+        if own_trunk != saved_trunk:
+            was, is_ = (
+                ("a trunk of its own", "the policy's") if saved_trunk else ("the policy's", "a trunk of its own")
+            )
+            raise ValueError(
+                f"The value head in {source} reads {was}, and separate_critic={own_trunk} makes one that reads {is_}: "
+                f"set separate_critic={saved_trunk}, or start it from elsewhere (`value_head_init`, or no file there)."
+            )
         if weights["weight"].shape[1] != self.in_features:
             raise ValueError(
                 f"The value head in {source} reads {weights['weight'].shape[1]} features, but this model has "
                 f"{self.in_features}: it belongs to another model."
             )
         self.load_state_dict({name: tensor.to(self.weight.device) for name, tensor in weights.items()})
+
+
+class SeparateCritic(ValueHead):
+    """
+    V(s) as a linear function of the last hidden state of a trunk of its own, which starts as a copy of the policy's or
+    of a reward model's: twice the memory and the time, and the policy's trunk learns nothing but to act. ReFT's
+    ablation (https://huggingface.co/papers/2401.08967); RLHF's critic that starts from the reward model.
+
+    Args:
+        trunk ([`~transformers.PreTrainedModel`]):
+            Model without a head, whose weights are copied.
+    """
+
+    def __init__(self, trunk: PreTrainedModel):
+        super().__init__(hidden_size_of(trunk))
+        self.trunk = _copy_of(trunk)
+
+    def _hear(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if self._heard is not None:
+            # What the policy's trunk was given, but for its cache
+            inputs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
+            self._heard.append(self(self.trunk(*args, **inputs, use_cache=False).last_hidden_state))
+
+    def _take(self, reward_model: PreTrainedModel) -> None:
+        self.trunk = _copy_of(reward_model.base_model).to(next(self.trunk.parameters()))
+
+
+def _copy_of(trunk: PreTrainedModel) -> PreTrainedModel:
+    """Made anew and not copied whole: under ZeRO-3 the original's parameters are in pieces on all processes."""
+    with gathered(trunk):
+        first = next(trunk.parameters())
+        made = type(trunk)(copy.deepcopy(trunk.config)).to(first)
+        made.load_state_dict(trunk.state_dict())
+    return made
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """While open, parameters that ZeRO-3 has in pieces are whole on every process."""
+    pieces = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not pieces:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(pieces):
+        yield
 
 
 def hidden_size_of(model: PreTrainedModel) -> int:
@@ -150,9 +212,12 @@ def split_value_head(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, tor
 
 
 def save_value_head(weights: dict[str, torch.Tensor], folder: str | Path) -> None:
-    """Write the head's `weight` and `bias` into `folder`."""
+    """Write the head's `weight` and `bias`, in float32, into `folder`, and its own trunk as it is."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    weights = {
+        name: (tensor if name.startswith("trunk.") else tensor.float()).detach().cpu().contiguous()
+        for name, tensor in weights.items()
+    }
     save_file(weights, str(Path(folder) / VALUE_HEAD_FILE), metadata={"format": "pt"})
 
 

@@ -17,6 +17,7 @@ from ..returns import generalized_advantages
 from ..value_head import (
     VALUE_HEAD_FILE,
     VALUE_HEAD_NAME,
+    SeparateCritic,
     ValueHead,
     hidden_size_of,
     save_value_head,
@@ -99,6 +100,11 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             args = AgentPPOConfig("agent-ppo")
         elif not isinstance(args, AgentPPOConfig):
             raise ValueError(f"`args` is a `{type(args).__name__}`: pass an `AgentPPOConfig`.")
+        if args.separate_critic and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
+            raise ValueError(
+                "separate_critic=True trains a second trunk in full, which adapters are there to avoid: leave out "
+                "`separate_critic`, or the adapter."
+            )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, env=env, **kwargs)
         self.value_head = self._make_value_head()
         self._readings: list[torch.Tensor] = []  # (B, T + 1) of each forward pass since the last use
@@ -111,7 +117,10 @@ class AgentPPOTrainer(AgentGRPOTrainer):
 
     def _make_value_head(self) -> ValueHead:
         model, init = self.causal_lm, self.args.value_head_init
-        head = ValueHead(hidden_size_of(model), self.args.detach_value_head)
+        if self.args.separate_critic:
+            head = SeparateCritic(model.base_model)
+        else:
+            head = ValueHead(hidden_size_of(model), self.args.detach_value_head)
         name = self.model.name_or_path or model.name_or_path
         named = init not in ("zeros", "normal")
         # A trained adapter's head lies beside the adapter, whose folder a model with an adapter does not remember
@@ -286,7 +295,8 @@ class AgentPPOTrainer(AgentGRPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         only_critic = self._only_critic
         beta = self.beta
-        self.value_head.detach = self.args.detach_value_head or only_critic
+        # A trunk of its own learns from the beginning
+        self.value_head.detach = not self.args.separate_critic and (self.args.detach_value_head or only_critic)
         if self.args.kl_in == "reward":
             self.beta = 0.0  # it is in the advantages already
         try:
