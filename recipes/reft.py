@@ -18,14 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets import concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
-from trl_agents.questions import answer_pairs, evaluate_answers, self_training_rows
+from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
@@ -132,12 +132,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     )
     answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
 
-    def load(folder, model_class=AutoModelForCausalLM):
-        model = model_class.from_pretrained(folder).to(training_args.device)
-        return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
-
     def sample(folder, take=self_training_rows, **kwargs):
-        return take(*load(folder), train, grading, **kwargs, **answering)
+        return take(*load_model(folder, training_args.device), train, grading, **kwargs, **answering)
 
     def offline_st(folder):
         right = sample(warm, n=script_args.st_samples, most=script_args.st_unique, seed=training_args.seed)
@@ -215,7 +211,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     scorer = None
     if script_args.rerank:
         judge = stages.run("reranker", reranker, **warm_settings, **sampling, epochs=script_args.rerank_epochs)
-        scorer = functools.partial(score_answers, *load(judge, AutoModelForSequenceClassification))
+        judge = load_model(judge, training_args.device, AutoModelForSequenceClassification)
+        scorer = functools.partial(score_answers, *judge)
     folders = {
         "warmup": warm,
         **{name: stages.run(name, made[name][0], **made[name][1]) for name in script_args.methods},
@@ -224,7 +221,12 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     accuracy = {}
     for name, folder in folders.items():
         correct = evaluate_answers(
-            *load(folder), test, grading, n_votes=script_args.num_votes, scorer=scorer, **answering
+            *load_model(folder, training_args.device),
+            test,
+            grading,
+            n_votes=script_args.num_votes,
+            scorer=scorer,
+            **answering,
         )
         for measure, values in correct.items():
             accuracy.setdefault(measure, {})[name] = interval(values)

@@ -313,13 +313,13 @@ def last_log(folder):
 
 
 def test_an_interrupted_reft_goes_on_where_it_was(tmp_path):
-    """Killed in its third update with a checkpoint of the second: those two are not made again."""
+    """Killed in its last update with a checkpoint of the fourth, after one rollout: those four are not made again."""
     arguments = ["reft.py", "--output_dir", tmp_path, *SMALL_REFT, "--rerank", "false", "--methods", "reft"]
-    arguments += ["--max_steps", 3, "--save_steps", 1, "--save_total_limit", 3]
+    arguments += ["--max_steps", 5, "--save_steps", 4, "--save_total_limit", 3]
     assert run(*arguments).returncode == 0
     (tmp_path / "reft" / "stage.json").unlink()
     whole = (tmp_path / "reft" / "model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "reft" / "checkpoint-3", ignore_errors=True)
+    shutil.rmtree(tmp_path / "reft" / "checkpoint-5")
     again = run(*arguments)
     assert again.returncode == 0, again.stderr[-3000:]
     assert (tmp_path / "reft" / "model.safetensors").read_bytes() == whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,32 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .rewards.grading import Grading
 from .rollout.answers import answer_prompts
 from .rollout.generation import Sampling, SlotBackend, replay
+
+
+def load_model(
+    folder: str | Path, device: torch.device | str = "cpu", model_class: type = AutoModelForCausalLM
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A trained model and its tokenizer, to answer or to judge with, whole on each process: also where ZeRO-3, which the
+    trainers of the same run use, would have the weights in pieces.
+
+    Args:
+        folder (`str` or `Path`):
+            Where the model was saved, or its name on the Hub.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where to put it.
+        model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`):
+            `AutoModelForSequenceClassification` for a reward model.
+    """
+    unset_hf_deepspeed_config()  # every trainer sets its own again
+    model = model_class.from_pretrained(folder).to(device)
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
 def answer_questions(

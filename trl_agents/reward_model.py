@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl import RewardConfig, RewardTrainer
+from .stages import let_another_trainer_follow
 
 
 def fit_reward_model(
@@ -84,6 +85,7 @@ def fit_reward_model(
     trainer.save_model(str(output_dir))
     trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
+    let_another_trainer_follow()
     return str(output_dir)
 
 

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ._trl import SFTConfig, SFTTrainer
+from .stages import let_another_trainer_follow
 
 
 def fine_tune(
@@ -80,4 +81,5 @@ def fine_tune(
     trainer.save_model(str(output_dir))
     trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
+    let_another_trainer_follow()
     return str(output_dir)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -84,6 +85,7 @@ class Stages:
         if done is None:
             self._stamp(folder / BEGUN, asked)
             make(folder)
+            let_another_trainer_follow()
             self._stamp(folder / STAMP, asked)
         return folder
 
@@ -94,6 +96,15 @@ class Stages:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(settings, indent=2))
         state.wait_for_everyone()
+
+
+def let_another_trainer_follow() -> None:
+    """
+    Call it when a trainer has done its work and another follows in the same process: accelerate keeps one trainer's
+    DeepSpeed settings, batch size and all, and refuses a second's. The first one cannot be used any more.
+    """
+    if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
+        AcceleratorState._reset_state()
 
 
 def last_checkpoint(folder: Path) -> str | None:

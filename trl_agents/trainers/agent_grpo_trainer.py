@@ -120,6 +120,9 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         **kwargs,
     ):
         check_trl()
+        if args is not None and args.deepspeed_plugin is not None:
+            # Another trainer's may have come since `args` was made, and it is read when the model is loaded
+            args.deepspeed_plugin.set_deepspeed_weakref()
         self.plays = env is not None
         if not self.plays:
             if action_parser is not None:
