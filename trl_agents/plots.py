@@ -186,6 +186,41 @@ def plot_accuracy(
     figure.savefig(path, dpi=150)
 
 
+def plot_measures(
+    table: Mapping[str, Mapping[str, Interval]], path: str | Path, title: str = "", label: str = "mean"
+) -> None:
+    """
+    Means of measures of different sizes and units with their intervals: a panel a measure, a bar a model.
+
+    Args:
+        table (`Mapping[str, Mapping[str, Interval]]`):
+            Measure -> model -> [`Interval`].
+        path (`str` or `Path`):
+            PNG to write.
+        title (`str`, *optional*):
+            Of what.
+        label (`str`, *optional*, defaults to `"mean"`):
+            Name of the axis.
+    """
+    figure = Figure(figsize=(max(2.6 * len(table), 4), 4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, len(table), squeeze=False)[0]
+    models = list(dict.fromkeys(name for values in table.values() for name in values))
+    for panel, (measure, values) in zip(panels, table.items(), strict=True):
+        means = np.array([value.mean for value in values.values()])
+        ends = np.array([[value.mean - value.low, value.high - value.mean] for value in values.values()]).T
+        colours = [COLOURS[(models.index(name) + 1) % len(COLOURS)] for name in values]
+        bars = panel.bar(range(len(values)), means, 0.8, yerr=ends, color=colours, capsize=3)
+        panel.bar_label(bars, [f"{mean:.2f}" for mean in means], padding=2, fontsize=8)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_title(measure, fontsize=10)
+        panel.set_xticks(range(len(values)), list(values), rotation=30, ha="right", fontsize=8)
+        panel.margins(y=0.12)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(label)
+    figure.savefig(path, dpi=150)
+
+
 def plot_learning_curve(
     log_history: Sequence[Mapping[str, float]],
     path: str | Path,
@@ -221,6 +256,44 @@ def plot_learning_curve(
     axes.set(xlabel="update", ylabel=label, title="Learning curve")
     axes.legend()
     _finish(figure, axes, path)
+
+
+def plot_overoptimization(
+    curves: Mapping[str, Mapping[str, Sequence[float]]], start: Mapping[str, float], path: str | Path
+) -> None:
+    """
+    What a policy gained by a reward model's measure, and what that was worth, against how far it went from where it
+    started (https://huggingface.co/papers/2210.10760, figure 1): a panel a run, a line a measure.
+
+    Args:
+        curves (`Mapping[str, Mapping[str, Sequence[float]]]`):
+            Run -> measure -> values along training. `"kl"` is the distance, and what `start` has not is not drawn.
+        start (`Mapping[str, float]`):
+            Measure -> its mean for the model at a KL of 0, which gains are counted from.
+        path (`str` or `Path`):
+            PNG to write.
+    """
+    figure = Figure(figsize=(max(4.8 * len(curves), 5), 4.5), layout="constrained")
+    panels = figure.subplots(1, max(len(curves), 1), sharey=True, squeeze=False)[0]
+    for panel, (run, curve) in zip(panels, curves.items(), strict=False):
+        # An estimate from samples, which can fall below 0 where the policy is still the first one
+        distances = np.sqrt(np.maximum(np.array(curve["kl"], dtype=float), 0.0))
+        for (name, before), colour in zip(start.items(), (COLOURS[3], *COLOURS[1:3], *COLOURS[4:]), strict=False):
+            gains = np.array(curve[name], dtype=float) - before
+            panel.plot(distances, gains, ".", color=colour, alpha=0.3, markersize=5)
+            if len(gains):
+                panel.plot(_smooth(distances), _smooth(gains), color=colour, linewidth=2, label=name)
+        panel.axhline(0, color=COLOURS[0], linewidth=1)
+        farthest = max(distances, default=0)
+        ticks = [kl for kl in (0, 1, 4, 10, 20, 40, 80, 160, 320) if kl**0.5 <= 1.05 * farthest]
+        panel.set_xticks(np.sqrt(ticks), [f"{kl:g}" for kl in ticks])
+        panel.set(xlabel="KL from the first model, nats a reply (root scale)", title=run)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("gain over the first model, training replies")
+    if panels[0].lines[1:]:  # more than the line at 0
+        panels[0].legend()
+    figure.savefig(path, dpi=150)
 
 
 def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
