@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_agents import questions
 from trl_agents.data import prompt_completion
 from trl_agents.questions import (
+    answer_pairs,
     answer_questions,
     evaluate_answers,
     majority_vote,
@@ -158,6 +159,47 @@ def test_self_training_keeps_what_is_right_once(scripted):
     assert rows["question"][:] == [ROWS[0]["question"]] * 2 and rows.features == ROWS.features
     assert len(self_training_rows(None, None, ROWS, Grading(), n=4, most=1)) == 1
     assert len(self_training_rows(None, None, ROWS, Grading(), n=1, most=1)) == 0
+
+
+class TestChoosing:
+    """A model whose answers are written down: right for questions of even numbers, else half right."""
+
+    ANSWER = "\nTherefore, the answer is: {}".format
+
+    @pytest.fixture
+    def sampled(self, monkeypatch):
+        def answer_questions(model, tokenizer, prompts, n=1, **kwargs):
+            golds = [int(prompt.split(" has ")[1].split()[0]) for prompt in prompts]
+            return [[self.ANSWER(gold + (gold % 2) * (draw % 2)) for draw in range(n)] for gold in golds]
+
+        monkeypatch.setattr(questions, "answer_questions", answer_questions)
+
+    def test_pairs_hold_each_answer_once(self, sampled):
+        pairs = answer_pairs(None, None, ROWS, Grading(), n=6, most=5)
+        assert pairs.column_names == ["prompt", "chosen", "rejected"]
+        odd = [row for row in ROWS if int(row["answer"]) % 2]
+        assert pairs["prompt"][:] == [row["prompt"] for row in odd]
+        assert pairs["chosen"][:] == [self.ANSWER(row["answer"]) for row in odd]
+        assert pairs["rejected"][:] == [self.ANSWER(int(row["answer"]) + 1) for row in odd]
+
+    def test_no_pairs_of_a_perfect_model(self, sampled):
+        even = ROWS.filter(lambda row: int(row["answer"]) % 2 == 0)
+        pairs = answer_pairs(None, None, even, Grading(), n=2, most=2)
+        assert len(pairs) == 0 and pairs.column_names == ["prompt", "chosen", "rejected"]
+
+    def test_the_scorer_chooses(self, sampled):
+        def scorer(prompts, answers):
+            """Likes the larger number: wrong for odd questions."""
+            return [[float(text.split(": ")[1]) for text in own] for own in answers]
+
+        found = evaluate_answers(None, None, ROWS, Grading(), n_votes=3, scorer=scorer)
+        even = [int(answer) % 2 == 0 for answer in ROWS["answer"]]
+        assert list(found) == ["greedy", "vote@3", "rerank@3"]
+        assert all(found["greedy"]) and all(found["vote@3"]) and found["rerank@3"] == even
+
+    def test_a_scorer_without_answers(self):
+        with pytest.raises(ValueError, match="n_votes=0 samples none"):
+            evaluate_answers(None, None, ROWS, Grading(), scorer=lambda *_: [])
 
 
 class TestGrading:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from trl_agents.stages import STAMP, Stages
+from trl_agents.stages import STAMP, Stages, last_checkpoint
 
 
 def test_a_stage_is_run_once(tmp_path):
@@ -23,7 +23,6 @@ def test_a_stage_is_run_once(tmp_path):
 
 def test_an_interrupted_stage_is_run_again(tmp_path):
     def breaks(folder):
-        folder.mkdir()
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -42,3 +41,24 @@ def test_other_settings_are_told(tmp_path, common, own, told):
     Stages(tmp_path, seed=3).run("warmup", lambda folder: None, epochs=2)
     with pytest.raises(ValueError, match=f"{told}.*delete the folder"):
         Stages(tmp_path, **common).run("warmup", lambda folder: None, **own)
+
+
+def test_a_stage_begun_with_other_settings_is_not_gone_on_with(tmp_path):
+    def breaks(folder):
+        (folder / "checkpoint-4").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stages(tmp_path).run("ppo", breaks, beta=0.1)
+    with pytest.raises(ValueError, match="was begun with other settings \\(beta 0.1, now 0.2\\)"):
+        Stages(tmp_path).run("ppo", lambda folder: None, beta=0.2)
+    found = []
+    Stages(tmp_path).run("ppo", lambda folder: found.append(last_checkpoint(folder)), beta=0.1)
+    assert found == [str(tmp_path / "ppo" / "checkpoint-4")]
+
+
+def test_the_latest_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None and last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -1,0 +1,53 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a recipe of stages ends with: figures that JSON holds, a picture, cards that show the latest result."""
+
+import json
+
+import pytest
+
+from trl_agents.evaluation import Interval
+from trl_agents.report import add_results, report_stages
+
+
+TABLE = {
+    "greedy": {"warmup": Interval(0.5, 0.4, 0.6), "reft": Interval(0.75, 0.7, 0.8)},
+    "vote@4": {"reft": Interval(0.8, 0.75, 0.85)},
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A model with a card, and one without."""
+    for name in ("carded", "bare"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "carded" / "README.md").write_text("---\nlibrary_name: x\n---\n# Model\n\nTrained.\n")
+    return [tmp_path / "carded", tmp_path / "bare"]
+
+
+@pytest.mark.parametrize(("shares", "picture"), [(True, "accuracy.png"), (False, "measures.png")])
+def test_table_picture_and_cards(tmp_path, folders, capsys, shares, picture):
+    out = tmp_path / "out"
+    report_stages(out, TABLE, "9 questions", folders=folders, shares=shares, more={"curves": {"kl": [0.5]}})
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["curves"] == {"kl": [0.5]}
+    assert metrics["greedy"]["reft"] == {"mean": 0.75, "low": 0.7, "high": 0.8} and "warmup" not in metrics["vote@4"]
+    assert (out / picture).read_bytes().startswith(b"\x89PNG") and (out / picture).stat().st_size > 10_000
+    assert "| reft | 0.75 [0.70, 0.80] | 0.80 [0.75, 0.85] |" in capsys.readouterr().out
+    card = (folders[0] / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: x\n---\n# Model\n\nTrained.\n\n## Results\n\n9 questions, mean [95%")
+    assert "| reft | 0.75" in card and f"]({picture})" in card and (folders[0] / picture).exists()
+    assert list(folders[1].iterdir()) == []
+
+
+def test_only_the_latest_results_stay(folders):
+    for text in ("first", "second"):
+        add_results(folders[0], text)
+    card = (folders[0] / "README.md").read_text()
+    assert card.count("## Results") == 1 and "second" in card and "first" not in card and "Trained." in card
+
+
+def test_another_process_writes_nothing(tmp_path, folders, monkeypatch, capsys):
+    monkeypatch.setattr("trl_agents.report.PartialState", lambda: type("State", (), {"is_main_process": False}))
+    report_stages(tmp_path / "out", TABLE, "9 questions", folders=folders)
+    assert not (tmp_path / "out").exists() and capsys.readouterr().out == ""
+    assert "Results" not in (folders[0] / "README.md").read_text()
