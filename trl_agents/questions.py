@@ -25,7 +25,7 @@ from .rollout.generation import Sampling, SlotBackend, replay
 
 
 def load_model(
-    folder: str | Path, device: torch.device | str = "cpu", model_class: type = AutoModelForCausalLM
+    folder: str | Path, device: torch.device | str = "cpu", model_class: type = AutoModelForCausalLM, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A trained model and its tokenizer, to answer or to judge with, whole on each process: also where ZeRO-3, which the
@@ -38,9 +38,11 @@ def load_model(
             Where to put it.
         model_class (`type`, *optional*, defaults to `AutoModelForCausalLM`):
             `AutoModelForSequenceClassification` for a reward model.
+        **kwargs:
+            Arguments of `from_pretrained`, such as `dtype`.
     """
     unset_hf_deepspeed_config()  # every trainer sets its own again
-    model = model_class.from_pretrained(folder).to(device)
+    model = model_class.from_pretrained(folder, **kwargs).to(device)
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 

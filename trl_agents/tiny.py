@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -256,12 +257,11 @@ def play_transcripts(
     briefing = Briefing.of(env)
     conversations = []
     for seed in seeds:
-        trajectory = play_episode(env, agent, seed=seed)
-        replies = [_reply(turn.observation, turn.executed, parser, rationale) for turn in trajectory.turns]
+        trajectory = put_into_words(play_episode(env, agent, seed=seed), parser, rationale)
         if context == "chat":
-            conversations.append(_chat_messages(trajectory, briefing, replies))
+            conversations.append(_chat_messages(trajectory, briefing))
         elif context == "window":
-            conversations.extend(_window_messages(trajectory, briefing, replies, window))
+            conversations.extend(_window_messages(trajectory, briefing, window))
         else:
             raise ValueError(f'context={context!r} is unknown: choose "chat" or "window".')
     env.close()
@@ -278,30 +278,45 @@ def _standing_texts(env: Any) -> list[str]:
     return [text for text in (briefing.instructions, briefing.history_header, briefing.question) if text]
 
 
-def _reply(observation: str, action: str, parser: ActionParser, rationale: Callable | None) -> str:
-    stated = parser.format(action)
-    return f"{rationale(observation, action)} {stated}" if rationale else stated
+def put_into_words(
+    trajectory: Trajectory,
+    parser: ActionParser | None = None,
+    rationale: Callable[[str, str], str] | None = plain_rationale,
+) -> Trajectory:
+    """
+    A scripted player's episode as a model would have written it: the `text` of each turn is a thought and the action.
+
+    Args:
+        trajectory ([`Trajectory`]):
+            What [`play_episode`] played.
+        parser, rationale (*optional*):
+            As for [`play_transcripts`].
+    """
+    parser, turns = parser or ActionParser(), []
+    for turn in trajectory.turns:
+        stated = parser.format(turn.executed)
+        text = f"{rationale(turn.observation, turn.executed)} {stated}" if rationale else stated
+        turns.append(replace(turn, text=text))
+    return replace(trajectory, turns=tuple(turns))
 
 
-def _chat_messages(trajectory: Trajectory, briefing: Briefing, replies: list[str]) -> list[dict[str, str]]:
+def _chat_messages(trajectory: Trajectory, briefing: Briefing) -> list[dict[str, str]]:
     messages = []
-    for number, (turn, reply) in enumerate(zip(trajectory.turns, replies, strict=True)):
+    for number, turn in enumerate(trajectory.turns):
         content = turn.observation if number else opening_message(briefing, turn.observation)
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.text}]
     # The last observation too: what follows an action is worth learning to read, even when no reply follows
     return [*messages, {"role": "user", "content": trajectory.final_observation}]
 
 
-def _window_messages(
-    trajectory: Trajectory, briefing: Briefing, replies: list[str], window: int | None
-) -> list[list[dict[str, str]]]:
+def _window_messages(trajectory: Trajectory, briefing: Briefing, window: int | None) -> list[list[dict[str, str]]]:
     conversations, lines, opened = [], [], trajectory.turns[0].observation
-    for turn, reply, following in zip(trajectory.turns, replies, [*trajectory.turns[1:], None], strict=True):
+    for turn, following in zip(trajectory.turns, [*trajectory.turns[1:], None], strict=True):
         observed = trajectory.final_observation if following is None else following.observation
         conversations.append(
             [
                 {"role": "user", "content": window_message(briefing, last(lines, window), opened)},
-                {"role": "assistant", "content": reply},
+                {"role": "assistant", "content": turn.text},
                 {"role": "user", "content": observed},  # never seen when it plays, and worth learning from
             ]
         )
