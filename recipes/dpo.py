@@ -12,18 +12,18 @@ learns from nothing. A stage that is done is not trained again. recipes/README.m
 """
 
 import copy
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
+from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
 from trl_agents.preference_eval import evaluate_replies
 from trl_agents.preferences import PreferenceArguments, utility_reward
 from trl_agents.questions import load_model
+from trl_agents.recipe import check_stages, machine_settings, parse_arguments
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, get_model_reward
 from trl_agents.sft import fine_tune
@@ -45,18 +45,9 @@ class ScriptArguments(PreferenceArguments):
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
-    if training_args.resume_from_checkpoint:
-        raise ValueError("Stages go on by themselves where they were interrupted: leave resume_from_checkpoint out.")
+    check_stages(training_args, model_args)
     demonstrations, pairs, test = script_args.load(training_args.seed)
-    settings = {
-        "seed": training_args.seed,
-        "bf16": training_args.bf16,
-        "gradient_checkpointing": training_args.gradient_checkpointing,
-        "use_cpu": training_args.use_cpu,
-        "disable_tqdm": training_args.disable_tqdm,
-    }
+    settings = machine_settings(training_args)
     sft_settings, rm_settings = script_args.sft_settings, script_args.rm_settings
     stages = Stages(
         output_dir, model=model_args.model_name_or_path, data=script_args.data_settings, seed=training_args.seed
@@ -114,7 +105,4 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments += ["--config", str(DEFAULT_CONFIG)]
-    main(*TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, DPOConfig, ModelConfig))

@@ -14,12 +14,11 @@ model. A round that is done is not repeated. recipes/README.md says what to expe
 import copy
 import functools
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_agents import episodes as logs
 from trl_agents import make_env
@@ -27,6 +26,7 @@ from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import held_out_seeds, interval, markdown_table, play_agents, summarize
 from trl_agents.plots import plot_accuracy, plot_regret
 from trl_agents.questions import answer_questions, evaluate_answers, load_model
+from trl_agents.recipe import as_settings, check_stages, parse_arguments
 from trl_agents.report import add_to_cards, report_stages
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
@@ -84,8 +84,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     args, seed, output_dir = script_args, training_args.seed, Path(training_args.output_dir)
     if (args.env_id is None) == (args.dataset is None):
         raise ValueError(f"env_id={args.env_id!r} and dataset={args.dataset!r}: one of the two must be null.")
-    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("This recipe trains all weights in each of its rounds: leave out use_peft and load_in_*bit.")
+    check_stages(training_args, model_args)
     if args.raise_reward and args.min_reward is None:
         raise ValueError(f"raise_reward={args.raise_reward} raises min_reward, which is not given: give it.")
     if args.window is not None and args.context != "window":
@@ -97,8 +96,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     keeping["allow_invalid"] = args.keep_invalid
     given = logs.read_episodes(args.episodes) if args.episodes else []
     logs.best_episodes(given, **keeping)  # refuses its settings now, not after a round of playing
-    settings = args.env_kwargs if args.env_id else args.arithmetic
-    settings = json.loads(settings) if isinstance(settings, str) else dict(settings or {})
+    settings = as_settings(args.env_kwargs if args.env_id else args.arithmetic)
     reading = {"context": args.context, "window": args.window} if args.env_id else {}
     played, accuracy = {}, {}
     if args.env_id:
@@ -217,7 +215,4 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments += ["--config", str(DEFAULT_CONFIG)]
-    main(*TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, SFTConfig, ModelConfig))

@@ -12,16 +12,16 @@ warms it up on a random player's episodes. recipes/README.md says what to expect
 
 import functools
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.evaluation import held_out_seeds, markdown_table, play_agents, summarize
 from trl_agents.plots import plot_learning_curve, plot_regret
+from trl_agents.recipe import parse_arguments
 from trl_agents.tiny import make_tiny_model
 
 
@@ -113,7 +113,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments += ["--config", str(DEFAULT_CONFIG)]
-    main(*TrlParser((ScriptArguments, AgentGRPOConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))

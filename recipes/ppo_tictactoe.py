@@ -11,12 +11,11 @@ and warms it up on a random player's games. recipes/README.md says what to expec
 
 import functools
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentPPOConfig, AgentPPOTrainer, OpponentPool, check_run, make_env
 from trl_agents.agents import RandomAgent
@@ -30,6 +29,7 @@ from trl_agents.evaluation import (
     summarize_games,
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
+from trl_agents.recipe import parse_arguments
 from trl_agents.tiny import board_rationale, make_tiny_model
 
 
@@ -159,7 +159,4 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments += ["--config", str(DEFAULT_CONFIG)]
-    main(*TrlParser((ScriptArguments, AgentPPOConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))

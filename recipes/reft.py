@@ -12,20 +12,19 @@ learns from nothing. A stage that is done is not trained again. recipes/README.m
 
 import copy
 import functools
-import json
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets import concatenate_datasets
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
+from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
@@ -98,16 +97,12 @@ class ScriptArguments:
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    settings = script_args.dataset_kwargs or {}
-    settings = json.loads(settings) if isinstance(settings, str) else settings
+    settings = as_settings(script_args.dataset_kwargs)
     if Path(script_args.dataset).suffix and script_args.test_dataset is None:
         raise ValueError(f"dataset={script_args.dataset!r} is one file: name another to test on, --test_dataset.")
     if script_args.rerank and not script_args.num_votes:
         raise ValueError("rerank chooses among sampled answers, and num_votes=0 samples none: give their number.")
-    if training_args.resume_from_checkpoint:
-        raise ValueError("Stages go on by themselves where they were interrupted: leave resume_from_checkpoint out.")
-    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
+    check_stages(training_args, model_args)
     train = load_questions(script_args.dataset, "train", **settings)
     test = load_questions(script_args.test_dataset or script_args.dataset, "test", **settings)
     train, test = (
@@ -121,15 +116,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         "batch_size": script_args.sft_batch_size,
         "completion_only_loss": not script_args.sft_on_prompts,
     }
-    sft = functools.partial(
-        fine_tune,
-        **sft_settings,
-        seed=training_args.seed,
-        bf16=training_args.bf16,
-        gradient_checkpointing=training_args.gradient_checkpointing,
-        use_cpu=training_args.use_cpu,
-        disable_tqdm=training_args.disable_tqdm,
-    )
+    machine = machine_settings(training_args)
+    sft = functools.partial(fine_tune, **sft_settings, **machine)
     answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
 
     def sample(folder, take=self_training_rows, **kwargs):
@@ -176,10 +164,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             epochs=script_args.rerank_epochs,
             learning_rate=script_args.sft_learning_rate / 10,
             batch_size=script_args.sft_batch_size,
-            seed=training_args.seed,
-            bf16=training_args.bf16,
-            use_cpu=training_args.use_cpu,
-            disable_tqdm=training_args.disable_tqdm,
+            **machine,
         )
 
     stages = Stages(
@@ -234,7 +219,4 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments += ["--config", str(DEFAULT_CONFIG)]
-    main(*TrlParser((ScriptArguments, AgentPPOConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))

@@ -13,12 +13,11 @@ done is not trained again. recipes/README.md says what to expect.
 
 import copy
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.evaluation import interval
@@ -26,6 +25,7 @@ from trl_agents.plots import plot_overoptimization
 from trl_agents.preference_eval import evaluate_replies
 from trl_agents.preferences import PreferenceArguments, utility_reward
 from trl_agents.questions import load_model
+from trl_agents.recipe import check_stages, machine_settings, parse_arguments
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, get_model_reward
 from trl_agents.sft import fine_tune
@@ -63,23 +63,14 @@ class ScriptArguments(PreferenceArguments):
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
+    check_stages(training_args, model_args)
     if training_args.beta <= 0.0 or training_args.kl_in != "reward":
         raise ValueError(
             f"beta={training_args.beta} and kl_in={training_args.kl_in!r}: the stage `ppo` has the KL in its reward, "
             "`ppo_no_kl` has none."
         )
-    if training_args.resume_from_checkpoint:
-        raise ValueError("Stages go on by themselves where they were interrupted: leave resume_from_checkpoint out.")
     demonstrations, pairs, test = script_args.load(training_args.seed)
-    settings = {
-        "seed": training_args.seed,
-        "bf16": training_args.bf16,
-        "gradient_checkpointing": training_args.gradient_checkpointing,
-        "use_cpu": training_args.use_cpu,
-        "disable_tqdm": training_args.disable_tqdm,
-    }
+    settings = machine_settings(training_args)
     sft_settings, rm_settings = script_args.sft_settings, script_args.rm_settings
     stages = Stages(
         output_dir, model=model_args.model_name_or_path, data=script_args.data_settings, seed=training_args.seed
@@ -164,7 +155,4 @@ def curve(folder, rewards):
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments += ["--config", str(DEFAULT_CONFIG)]
-    main(*TrlParser((ScriptArguments, AgentPPOConfig, ModelConfig)).parse_args_and_config(arguments))
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))

@@ -40,6 +40,7 @@ LAYERS = [
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
     (4, ["tiny", "stages", "sft", "reward_model"]),
+    (4, ["recipe"]),
     (4, ["plots", "report"]),
     (4, ["diagnostics"]),
     (5, ["cli"]),

@@ -170,6 +170,7 @@ def test_the_default_recipe_overoptimises_without_the_kl(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_default_dpo_raises_the_true_utility(tmp_path):
     result = run("dpo", "--output_dir", tmp_path, "--disable_tqdm", "true", small=False)
     assert result.returncode == 0, result.stderr[-3000:]

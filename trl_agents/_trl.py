@@ -42,7 +42,16 @@ def check_trl_version(version: str) -> None:
 
 check_trl_version(trl.__version__)  # before anything is imported from TRL that another release may lack
 
-from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer  # noqa: E402
+from trl import (  # noqa: E402
+    GRPOConfig,
+    GRPOTrainer,
+    ModelConfig,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+)
 from trl.models import unwrap_model_for_generation  # noqa: E402
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict  # noqa: E402
 
@@ -63,12 +72,14 @@ SEAM_PREFIXES = {
 
 __all__ = [
     "GRPOConfig",
+    "ModelConfig",
     "RewardConfig",
     "RewardTrainer",
     "RolloutGRPOTrainer",
     "RolloutRows",
     "SFTConfig",
     "SFTTrainer",
+    "TrlParser",
     "check_trl",
 ]
 

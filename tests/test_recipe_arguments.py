@@ -1,0 +1,71 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What recipes share: arguments from a default file, from another, and from the command line over both."""
+
+from dataclasses import dataclass
+
+import pytest
+from trl import ModelConfig, SFTConfig
+
+from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments
+
+
+@dataclass
+class Arguments:
+    shots: int = 1
+    name: str = "none"
+
+
+@pytest.fixture
+def configs(tmp_path):
+    (tmp_path / "default.yaml").write_text("shots: 2\nname: default\n")
+    (tmp_path / "other.yaml").write_text("shots: 3\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "shots", "name"),
+    [
+        ("", 2, "default"),
+        ("--shots 5", 5, "default"),
+        ("--config {}/other.yaml", 3, "none"),
+        ("--config={}/other.yaml", 3, "none"),
+        ("--name me --config {}/other.yaml", 3, "me"),
+    ],
+)
+def test_the_default_file_counts_unless_another_is_named(configs, monkeypatch, typed, shots, name):
+    monkeypatch.setattr("sys.argv", ["recipe.py", *typed.format(configs).split()])
+    (parsed,) = parse_arguments(configs / "default.yaml", Arguments)
+    assert (parsed.shots, parsed.name) == (shots, name)
+
+
+def test_an_unknown_line_is_told(configs, monkeypatch):
+    (configs / "default.yaml").write_text("shotz: 2\n")
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    with pytest.raises(ValueError, match="shotz"):
+        parse_arguments(configs / "default.yaml", Arguments)
+
+
+def test_settings_are_a_mapping_or_json():
+    given = {"n": 2}
+    assert as_settings(given) == {"n": 2} and as_settings(given) is not given
+    assert as_settings('{"n": 2}') == {"n": 2} and as_settings(None) == as_settings("{}") == {}
+
+
+def test_what_other_stages_take_from_the_main_trainer(tmp_path):
+    args = SFTConfig(str(tmp_path), seed=7, use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False)
+    expected = {"seed": 7, "bf16": False, "gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
+    assert machine_settings(args) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "said"),
+    [
+        ({"use_peft": True}, {}, "leave out use_peft"),
+        ({"load_in_4bit": True}, {}, "leave out use_peft"),
+        ({}, {"resume_from_checkpoint": "x"}, "leave resume_from_checkpoint out"),
+    ],
+)
+def test_what_stages_have_no_use_for(tmp_path, model, training, said):
+    with pytest.raises(ValueError, match=said):
+        check_stages(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **training), ModelConfig(**model))
+    check_stages(SFTConfig(str(tmp_path), use_cpu=True, bf16=False), ModelConfig())

@@ -1,0 +1,50 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What the recipes' scripts share: their arguments, and what those that train in stages refuse and pass on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ._trl import ModelConfig, TrlParser
+
+
+def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple[Any, ...]:
+    """
+    A script's arguments, from `--config` and the command line. Without `--config` it is `default_config`, so that a
+    recipe runs without any.
+
+    Args:
+        default_config (`str` or `Path`):
+            YAML file.
+        *dataclass_types (`type`):
+            What the arguments become, as for [`~trl.TrlParser`]: one instance each is returned.
+    """
+    arguments = []
+    for argument in sys.argv[1:]:  # TRL's parser knows no `--config=FILE`
+        arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    if "--config" not in arguments:
+        arguments += ["--config", str(default_config)]
+    return tuple(TrlParser(dataclass_types).parse_args_and_config(arguments))
+
+
+def as_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Settings of a YAML, or the JSON that the command line has in their place."""
+    return json.loads(value) if isinstance(value, str) else dict(value or {})
+
+
+def machine_settings(training_args: Any) -> dict[str, Any]:
+    """Of the arguments of a recipe's main trainer, those that hold for the trainers of its other stages too."""
+    names = ("seed", "bf16", "gradient_checkpointing", "use_cpu", "disable_tqdm")
+    return {name: getattr(training_args, name) for name in names}
+
+
+def check_stages(training_args: Any, model_args: ModelConfig) -> None:
+    """Raises `ValueError` for arguments that a recipe of several stages has no use for."""
+    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
+    if training_args.resume_from_checkpoint:
+        raise ValueError("Stages go on by themselves where they were interrupted: leave resume_from_checkpoint out.")
