@@ -23,7 +23,7 @@ from trl_agents.plots import plot_learning_curve
 from trl_agents.preference_eval import evaluate_replies
 from trl_agents.preferences import PreferenceArguments, utility_reward
 from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, machine_settings, parse_arguments
+from trl_agents.recipe import check_stages, machine_settings, parse_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, get_model_reward
 from trl_agents.sft import fine_tune
@@ -31,8 +31,6 @@ from trl_agents.stages import Stages, last_checkpoint
 from trl_agents.tiny import save_tiny_start
 
 
-# What its result depends on most: a finished stage is kept only if they are the same
-DPO_SETTINGS = ("beta", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "loss_type")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "dpo_tiny.yaml"
 
 
@@ -80,7 +78,7 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
             history, metric = trainer.state.log_history, "rewards/accuracies"
             plot_learning_curve(history, output_dir / "dpo_curve.png", metric, "pairs told right")
 
-    keep = {setting: getattr(training_args, setting) for setting in DPO_SETTINGS}
+    keep = trainer_settings(training_args)
     trained = {"sft": sft, "dpo": stages.run("dpo", dpo, sft=sft_settings, **keep)}
 
     device = training_args.device

@@ -26,7 +26,7 @@ from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import held_out_seeds, interval, markdown_table, play_agents, summarize
 from trl_agents.plots import plot_accuracy, plot_regret
 from trl_agents.questions import answer_questions, evaluate_answers, load_model
-from trl_agents.recipe import as_settings, check_stages, parse_arguments
+from trl_agents.recipe import as_settings, check_stages, parse_arguments, trainer_settings
 from trl_agents.report import add_to_cards, report_stages
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
@@ -35,8 +35,6 @@ from trl_agents.tiny import make_tiny_model, save_tiny_start
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "expert_iteration_tiny.yaml"
-# Of SFTConfig, what a round's result depends on most: it is kept only if they are the same
-SFT_SETTINGS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type")
 
 
 def told(default, text, **more):
@@ -84,7 +82,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     args, seed, output_dir = script_args, training_args.seed, Path(training_args.output_dir)
     if (args.env_id is None) == (args.dataset is None):
         raise ValueError(f"env_id={args.env_id!r} and dataset={args.dataset!r}: one of the two must be null.")
-    check_stages(training_args, model_args)
+    check_stages(training_args, model_args, uses=["dtype"])
     if args.raise_reward and args.min_reward is None:
         raise ValueError(f"raise_reward={args.raise_reward} raises min_reward, which is not given: give it.")
     if args.window is not None and args.context != "window":
@@ -150,7 +148,10 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         eos = eos if isinstance(eos, list) else [eos]
         rows = logs.training_rows(episodes, tokenizer, eos_token_ids=eos, **reading)
         if len(rows) == 0:
-            raise ValueError(f"Nothing is good enough for {str(folder)!r}: lower min_reward, or sample more.")
+            raise ValueError(
+                f"Nothing is good enough for {str(folder)!r}: lower min_reward, or sample more. (What was played can "
+                f"be kept: copy its episodes.jsonl and pass it as `episodes` before you delete the folder.)"
+            )
         own_args = copy.copy(training_args)
         own_args.output_dir = str(folder)
         trainer = SFTTrainer(model, own_args, train_dataset=rows, processing_class=tokenizer)
@@ -174,13 +175,14 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     data = [args.env_id or args.dataset, settings, reading, args.style]
     stages = Stages(output_dir, model=model_args.model_name_or_path, data=data, seed=seed)
     first = model_args.model_name_or_path or stages.run("start", start, transcripts=args.num_transcripts)
+    supervised = None
     if args.dataset and args.warmup_epochs:
         supervised = {"epochs": args.warmup_epochs, "learning_rate": args.warmup_learning_rate}
         supervised |= {"batch_size": args.warmup_batch_size, "completion_only_loss": not args.warmup_on_prompts}
         machine = {name: getattr(training_args, name) for name in ("bf16", "use_cpu", "disable_tqdm")}
         warm_up = functools.partial(fine_tune, first, train, seed=seed, **supervised, **machine)
         first = stages.run("warmup", warm_up, **supervised)
-    learning = {name: getattr(training_args, name) for name in SFT_SETTINGS} | keeping
+    learning = {**trainer_settings(training_args), **keeping, "supervised": supervised}
     learning |= {"min_reward": args.min_reward, "episodes": args.episodes}
     folders, replayed = {"start": first}, []
     if given:

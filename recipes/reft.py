@@ -24,7 +24,7 @@ from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
-from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments
+from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
@@ -41,16 +41,6 @@ REFT = {
     "reft_separate_critic": {"separate_critic": True},
 }
 METHODS = ("sft", "offline_st", "online_st", *REFT)
-# What its result depends on most: a finished stage is kept only if they are the same
-REFT_SETTINGS = (
-    "max_steps",
-    "num_train_epochs",
-    "learning_rate",
-    "beta",
-    "num_iterations",
-    "per_device_train_batch_size",
-    "separate_critic",
-)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reft_tiny.yaml"
 
 
@@ -85,6 +75,9 @@ class ScriptArguments:
     st_unique: int = field(default=10, metadata={"help": "Offline self-training: most right ones kept per question."})
     st_epochs: float = field(default=20, metadata={"help": "Offline self-training: epochs, from the first model."})
     st_rounds: int = field(default=10, metadata={"help": "Online self-training: rounds of sampling and training."})
+    st_learning_rate: float | None = field(
+        default=None, metadata={"help": "Online self-training: peak of each round's. Default: sft_learning_rate."}
+    )
     partial_reward: float = field(default=0.1, metadata={"help": "Reward of a wrong number; 0 switches it off."})
     num_votes: int = field(default=0, metadata={"help": "Also evaluate the majority vote of so many answers."})
     rerank: bool = field(
@@ -123,6 +116,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     def sample(folder, take=self_training_rows, **kwargs):
         return take(*load_model(folder, training_args.device), train, grading, **kwargs, **answering)
 
+    st_rate = script_args.st_learning_rate or script_args.sft_learning_rate
+
     def offline_st(folder):
         right = sample(warm, n=script_args.st_samples, most=script_args.st_unique, seed=training_args.seed)
         sft(start, concatenate_datasets([train, right]), folder, epochs=script_args.st_epochs)
@@ -134,7 +129,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             right = sample(model, n=1, most=1, seed=training_args.seed + number + 1)
             n_given = max(len(right), min(script_args.sft_batch_size, len(train)))  # a weak model gets few right
             given = train.shuffle(seed=training_args.seed + number).select(range(n_given))
-            model = sft(model, concatenate_datasets([given, right]), folder, epochs=1)
+            model = sft(model, concatenate_datasets([given, right]), folder, epochs=1, learning_rate=st_rate)
 
     def reft(folder, partial_reward=script_args.partial_reward, **changes):
         args = copy.copy(training_args)
@@ -180,30 +175,30 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     warm = stages.run(
         "warmup", lambda folder: sft(start, train, folder, epochs=script_args.warmup_epochs), **warm_settings
     )
-    sampling = {"samples": [script_args.st_samples, script_args.st_unique]}
+    budget = {"max_completion_length": training_args.max_completion_length}
+    sampling = {"samples": [script_args.st_samples, script_args.st_unique], **budget}
     made = {
         "sft": (
             lambda folder: sft(start, train, folder, epochs=script_args.sft_epochs),
             {**sft_settings, "sft_epochs": script_args.sft_epochs},
         ),
         "offline_st": (offline_st, {**warm_settings, **sampling, "epochs": script_args.st_epochs}),
-        "online_st": (online_st, {**warm_settings, "rounds": script_args.st_rounds}),
+        "online_st": (online_st, {**warm_settings, **budget, "rounds": script_args.st_rounds, "rate": st_rate}),
     }
     for name, changes in REFT.items():
-        ppo_settings = {setting: getattr(training_args, setting) for setting in REFT_SETTINGS}
-        ppo_settings |= {"partial_reward": script_args.partial_reward, **changes}
+        ppo_settings = {**trainer_settings(training_args), "partial_reward": script_args.partial_reward, **changes}
         made[name] = functools.partial(reft, **changes), {**warm_settings, **ppo_settings}
-    scorer = None
-    if script_args.rerank:
+    if script_args.rerank:  # now: it fails if no answer is right
         judge = stages.run("reranker", reranker, **warm_settings, **sampling, epochs=script_args.rerank_epochs)
-        judge = load_model(judge, training_args.device, AutoModelForSequenceClassification)
-        scorer = functools.partial(score_answers, *judge)
     folders = {
         "warmup": warm,
         **{name: stages.run(name, made[name][0], **made[name][1]) for name in script_args.methods},
     }
 
-    accuracy = {}
+    scorer, accuracy = None, {}
+    if script_args.rerank:
+        judge = load_model(judge, training_args.device, AutoModelForSequenceClassification)
+        scorer = functools.partial(score_answers, *judge)
     for name, folder in folders.items():
         correct = evaluate_answers(
             *load_model(folder, training_args.device),

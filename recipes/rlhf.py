@@ -25,7 +25,7 @@ from trl_agents.plots import plot_overoptimization
 from trl_agents.preference_eval import evaluate_replies
 from trl_agents.preferences import PreferenceArguments, utility_reward
 from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, machine_settings, parse_arguments
+from trl_agents.recipe import check_stages, machine_settings, parse_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, get_model_reward
 from trl_agents.sft import fine_tune
@@ -36,16 +36,6 @@ from trl_agents.tiny import save_tiny_start
 METHODS = ("ppo", "ppo_no_kl")
 # TRL reads no reference at a beta of 0, and then nobody knows the KL: this one is read, and weighs nothing
 NO_KL = 1e-6
-# What its result depends on most: a finished stage is kept only if they are the same
-PPO_SETTINGS = (
-    "learning_rate",
-    "num_iterations",
-    "per_device_train_batch_size",
-    "steps_per_generation",
-    "max_completion_length",
-    "value_coef",
-    "separate_critic",
-)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "rlhf_tiny.yaml"
 
 
@@ -111,7 +101,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         args.reward_weights = [1.0] + [0.0] * (len(rewards) - 1)  # the true utility is looked at, not trained on
         if name == "ppo_no_kl":
             args.beta, args.max_steps = NO_KL, script_args.no_kl_steps or args.max_steps
-        keep = {setting: getattr(args, setting) for setting in ("beta", "max_steps", *PPO_SETTINGS)}
+        keep = trainer_settings(args)
         trained[name] = stages.run(
             name, lambda folder, args=args: ppo(args), sft=sft_settings, reward_model=rm_settings, **keep
         )
@@ -124,6 +114,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             rewards,
             reference=load_model(sft, device)[0],
             max_new_tokens=training_args.max_completion_length,
+            temperature=training_args.temperature,
             samples=output_dir / f"replies_{name}.txt",
             progress=not training_args.disable_tqdm,
         )

@@ -297,8 +297,10 @@ def test_conversations_of_others(tmp_path):
             '{"turns": [{"text": "a", "valid": false, "reason": "ugly"}]}',
             "turn 0: `reason` is 'ugly': use one of no_ma",
         ),
-        ('{"turns": [], "stop": "bored"}', "`stop` is 'bored': use one of terminated, truncated"),
-        ('{"turns": [], "seed": "7"}', "`seed` must be of type int"),
+        ('{"turns": []}', "`turns` is empty"),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "reward": 1}', "begins with the assistant"),
+        ('{"turns": [{"text": "a"}], "stop": "bored"}', "`stop` is 'bored': use one of terminated, truncated"),
+        ('{"turns": [{"text": "a"}], "seed": "7"}', "`seed` must be of type int"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, said):

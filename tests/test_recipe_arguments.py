@@ -1,12 +1,13 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What recipes share: arguments from a default file, from another, and from the command line over both."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments
+from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments, trainer_settings
 
 
 @dataclass
@@ -57,11 +58,25 @@ def test_what_other_stages_take_from_the_main_trainer(tmp_path):
     assert machine_settings(args) == expected
 
 
+def test_what_a_result_depends_on(tmp_path):
+    """Whatever is not the default, but for what only says where to write and what to show."""
+    quiet = {"use_cpu": True, "bf16": False, "report_to": []}
+    shown = {"logging_steps": 3, "save_steps": 9, "disable_tqdm": True, "run_name": "x"}
+    plain, other = (
+        trainer_settings(SFTConfig(str(tmp_path / name), **quiet, **more)) for name, more in (("a", {}), ("b", shown))
+    )
+    assert plain == other
+    changed = trainer_settings(SFTConfig(str(tmp_path), **quiet, gradient_accumulation_steps=4, optim="sgd"))
+    assert {name for name in changed if changed[name] != plain.get(name)} == {"gradient_accumulation_steps", "optim"}
+    json.dumps(changed)
+
+
 @pytest.mark.parametrize(
     ("model", "training", "said"),
     [
         ({"use_peft": True}, {}, "leave out use_peft"),
         ({"load_in_4bit": True}, {}, "leave out use_peft"),
+        ({"attn_implementation": "sdpa"}, {}, "leave out attn_implementation"),
         ({}, {"resume_from_checkpoint": "x"}, "leave resume_from_checkpoint out"),
     ],
 )

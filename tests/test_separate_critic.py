@@ -5,7 +5,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 
@@ -117,14 +123,49 @@ def test_its_own_learning_rate(make_trainer):
     assert changed(policy, policy_after) and not changed(critic, critic_after)
 
 
-def test_padding_and_its_side_change_nothing(make_trainer):
-    trainer = make_trainer(value_head_init="normal")
+@pytest.fixture(scope="module")
+def gpt2_dir(model_dir, tmp_path_factory):
+    """Absolute positions, which rotary ones hide the lack of, and dropout."""
+    folder, tokenizer = tmp_path_factory.mktemp("gpt2"), AutoTokenizer.from_pretrained(model_dir)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=1, n_head=2, pad_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "absolute"])
+def test_padding_and_its_side_change_nothing(make_trainer, model_dir, gpt2_dir, kind):
+    trainer = make_trainer(model_dir if kind == "rotary" else gpt2_dir, value_head_init="normal")
     alone = values_of(trainer)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], dim=1)
     mask = (torch.arange(8) >= 3).long()[None]
     with trainer.value_head.listen() as heard, torch.no_grad():
         trainer.causal_lm(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     torch.testing.assert_close(heard[0][:, 3:], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_it_drops_out_when_the_policy_does(make_trainer, gpt2_dir, disable):
+    trainer = make_trainer(gpt2_dir, value_head_init="normal", disable_dropout=disable)
+    shares = {
+        own: {module.p for name, module in trainer.causal_lm.named_modules() if is_dropout(module, name, own)}
+        for own in (False, True)
+    }
+    assert shares[True] == shares[False] == ({0} if disable else {0.1})
+
+
+def is_dropout(module, name, own):
+    return isinstance(module, torch.nn.Dropout) and ("value_head" in name) == own
+
+
+def test_in_half_precision_it_is_still_a_copy(make_trainer):
+    """Rotary frequencies stay in float32, as in the policy."""
+    settings = {"model_init_kwargs": {"dtype": "bfloat16"}, "bf16": True, "value_head_init": "normal"}
+    shared, own = (make_trainer(separate_critic=flag, **settings) for flag in (False, True))
+    ids = torch.randint(3, 250, (1, 60), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(values_of(own, ids), values_of(shared, ids))
+    assert {parameter.dtype for parameter in own.value_head.trunk.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in own.value_head.trunk.buffers()} == {torch.float32}
 
 
 @pytest.mark.parametrize("saved", [True, False])

@@ -46,6 +46,7 @@ def test_other_settings_are_told(tmp_path, common, own, told):
 def test_a_stage_begun_with_other_settings_is_not_gone_on_with(tmp_path):
     def breaks(folder):
         (folder / "checkpoint-4").mkdir()
+        (folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -59,6 +60,8 @@ def test_a_stage_begun_with_other_settings_is_not_gone_on_with(tmp_path):
 
 def test_the_latest_checkpoint(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None and last_checkpoint(tmp_path) is None
-    for step in (9, 10):
+    for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 11:  # which was being written when the run was interrupted
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")

@@ -53,7 +53,7 @@ from trl import (  # noqa: E402
     TrlParser,
 )
 from trl.models import unwrap_model_for_generation  # noqa: E402
-from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict  # noqa: E402
+from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, split_tensor_dict  # noqa: E402
 
 
 # Private members this file relies on, and the parameters they are called with.
@@ -81,6 +81,7 @@ __all__ = [
     "SFTTrainer",
     "TrlParser",
     "check_trl",
+    "disable_dropout_in_model",
 ]
 
 

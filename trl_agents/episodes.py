@@ -272,6 +272,8 @@ def _from_json(row: Any) -> LoggedEpisode:
         messages = _messages(row, "messages")
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError("`messages` has no message of the assistant, so nothing to learn.")
+        if messages[0]["role"] == "assistant":
+            raise ValueError("`messages` begins with the assistant: there is nothing it replies to.")
         return LoggedEpisode(_reward(row), messages=messages)
     if "prompt" not in row or "completion" not in row:
         raise ValueError(
@@ -292,6 +294,8 @@ def _played(row: Mapping[str, Any]) -> LoggedEpisode:
     rows = _typed(row, "turns", list, [])
     if not all(isinstance(turn, dict) for turn in rows):
         raise ValueError("`turns` must be a list of objects.")
+    if not rows:
+        raise ValueError("`turns` is empty, so there is nothing to learn.")
     turns = tuple(_turn(turn, number) for number, turn in enumerate(rows))
     reward = _reward(row) if {"return", "reward"} & set(row) else math.fsum(turn.reward for turn in turns)
     defaults = Briefing("")

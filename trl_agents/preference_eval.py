@@ -67,11 +67,13 @@ def kl_per_reply(
             inputs = tokenizer.pad(
                 {"input_ids": [sum(rows[number], []) for number in batch]}, return_tensors="pt", padding_side="right"
             ).to(model.device)
-            logps, ref_logps = (network(**inputs).logits.float().log_softmax(-1) for network in (model, reference))
-            each = (logps.exp() * (logps - ref_logps)).sum(-1)  # (b, S)
+            logits, ref_logits = (network(**inputs).logits for network in (model, reference))
             for row, number in enumerate(batch):
                 n_prompt, n_reply = map(len, rows[number])
-                divergences[number] = each[row, n_prompt - 1 : n_prompt - 1 + n_reply].sum().item()
+                states = slice(n_prompt - 1, n_prompt - 1 + n_reply)
+                # A reply at a time: in float32 and over the whole vocabulary they are large
+                logps, ref_logps = (own[row, states].float().log_softmax(-1) for own in (logits, ref_logits))
+                divergences[number] = (logps.exp() * (logps - ref_logps)).sum().item()
     finally:
         for network, training in modes:
             network.train(training)

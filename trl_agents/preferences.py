@@ -150,7 +150,7 @@ def recommendation_demonstrations(n: int, seed: int = 0, *, split: str | None = 
 
     Args:
         n, seed, split:
-            As for [`recommendation_pairs`], whose prompts are others.
+            As for [`recommendation_pairs`]. Prompts are drawn apart from theirs; a few coincide.
     """
     rng = random.Random(f"demonstrations {seed}")
     rows = [

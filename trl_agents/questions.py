@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -127,8 +127,7 @@ def answer_questions(
     answered = [texts[start : start + n] for start in range(0, len(texts), n)]
     if state.num_processes == 1:
         return answered
-    parts = gather_object([answered])
-    world = state.num_processes
+    parts, world = gather_object([answered]), state.num_processes
     return [parts[number % world][number // world] for number in range(len(prompts))]
 
 
@@ -183,7 +182,7 @@ def evaluate_answers(
         read = _read_all(grading, sampled, prompts)
         correct[f"vote@{n_votes}"] = judge([majority_vote(values) for values in read])
         if scorer is not None:
-            scores = _by_main_process(lambda: scorer(prompts, sampled))
+            scores = _shared_out(lambda own: scorer(*zip(*own, strict=True)), list(zip(prompts, sampled, strict=True)))
             best = [values[int(np.argmax(own))] for values, own in zip(read, scores, strict=True)]
             correct[f"rerank@{n_votes}"] = judge(best)
     return correct
@@ -270,16 +269,19 @@ def _judged_answers(
     return judged
 
 
-def _by_main_process(compute: Callable[[], Any]) -> Any:
-    """The main process's result, for all: another might come to a different one."""
+def _shared_out(compute: Callable[[list[Any]], list[Any]], items: list[Any]) -> list[Any]:
+    """Each process computes its share, and all get all: a program may hit its time limit in one and not in another."""
     state = PartialState()
-    computed = [compute() if state.is_main_process else None]
-    return (broadcast_object_list(computed) if state.num_processes > 1 else computed)[0]
+    own = items[state.process_index :: state.num_processes]
+    computed = list(compute(own)) if own else []
+    if state.num_processes == 1:
+        return computed
+    parts, world = gather_object([computed]), state.num_processes
+    return [parts[number % world][number // world] for number in range(len(items))]
 
 
 def _read(grading: Grading, texts: list[str], prompts: list[str]) -> list[Any]:
-    """By one process for all: programs may hit their time limit in one and not in another."""
-    return _by_main_process(lambda: grading.read(texts, prompts))
+    return _shared_out(lambda own: grading.read(*zip(*own, strict=True)), list(zip(texts, prompts, strict=True)))
 
 
 def _read_all(grading: Grading, sampled: list[list[str]], prompts: list[str]) -> list[list[Any]]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ._trl import ModelConfig, TrlParser
+
+
+# Arguments of trainers that no result depends on
+NO_RESULT = ("output_dir", "report_to", "disable_tqdm", "use_cpu", "resume_from_checkpoint", "run_name", "push_to_hub")
+NO_RESULT += ("overwrite_output_dir", "log_completions", "num_completions_to_print", "accelerator_config")
+NO_RESULT_PREFIXES = ("logging_", "log_level", "save_", "hub_", "dataloader_", "ddp_", "report_", "wandb_", "trackio_")
 
 
 def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple[Any, ...]:
@@ -42,8 +49,30 @@ def machine_settings(training_args: Any) -> dict[str, Any]:
     return {name: getattr(training_args, name) for name in names}
 
 
-def check_stages(training_args: Any, model_args: ModelConfig) -> None:
-    """Raises `ValueError` for arguments that a recipe of several stages has no use for."""
+def trainer_settings(training_args: Any) -> dict[str, Any]:
+    """
+    What the result of a stage depends on, for its stamp: all of a trainer's arguments that are not the defaults, but
+    for those that say where to write and what to show. (Not the number of processes: models that eight have trained
+    may be evaluated by one.)
+    """
+    settings = {}
+    for field in fields(training_args):
+        value = getattr(training_args, field.name)
+        if field.name not in NO_RESULT and not field.name.startswith(NO_RESULT_PREFIXES) and value != field.default:
+            if value is None or isinstance(value, (str, int, float, list, dict)):
+                settings[field.name] = value
+    return settings
+
+
+def check_stages(training_args: Any, model_args: ModelConfig, uses: Collection[str] = ()) -> None:
+    """Raises `ValueError` for arguments that a recipe of several stages has no use for, but for `uses`."""
+    unused = [
+        name
+        for name in ("model_revision", "dtype", "attn_implementation", "trust_remote_code")
+        if hasattr(model_args, name) and name not in uses and getattr(model_args, name) != getattr(ModelConfig(), name)
+    ]
+    if unused:
+        raise ValueError(f"This recipe's stages load models as they were saved: leave out {', '.join(unused)}.")
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
     if training_args.resume_from_checkpoint:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,19 @@ def fit_reward_model(
         "report_to": [],
         "seed": seed,
     }
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        warnings.warn(
+            f"The tokenizer of {str(model)!r} pads with its end-of-sequence token, which the reward model will take "
+            "for padding: replies that end and replies that were cut off get the same score. Give it a `pad_token` of "
+            "its own.",
+            stacklevel=2,
+        )
     trainer = RewardTrainer(
         str(model),
         RewardConfig(str(output_dir), **{**defaults, **reward_kwargs}),
         train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]),
-        processing_class=tokenizer or AutoTokenizer.from_pretrained(model),
+        processing_class=tokenizer,
     )
     trainer.train()
     trainer.save_model(str(output_dir))

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 STAMP = "stage.json"
@@ -94,7 +94,9 @@ class Stages:
         state.wait_for_everyone()
         if state.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(settings, indent=2))
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(settings, indent=2))
+            part.replace(path)  # whole or not at all
         state.wait_for_everyone()
 
 
@@ -108,5 +110,9 @@ def let_another_trainer_follow() -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The latest of a stage's checkpoints, for `train(resume_from_checkpoint=...)`; None if there is none yet."""
-    return get_last_checkpoint(folder) if folder.is_dir() else None
+    """
+    The latest of a stage's checkpoints, for `train(resume_from_checkpoint=...)`; None if there is none yet. One whose
+    writing was interrupted is none: `trainer_state.json` is written last.
+    """
+    whole = [state.parent for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

@@ -162,16 +162,30 @@ class SeparateCritic(ValueHead):
             self._heard.append(self(self.trunk(*args, **inputs, use_cache=False).last_hidden_state))
 
     def _take(self, reward_model: PreTrainedModel) -> None:
-        self.trunk = _copy_of(reward_model.base_model).to(next(self.trunk.parameters()))
+        first = next(self.trunk.parameters())
+        self.trunk = _copy_of(reward_model.base_model).to(first.device)
+        cast_parameters(self.trunk, first.dtype)
 
 
 def _copy_of(trunk: PreTrainedModel) -> PreTrainedModel:
     """Made anew and not copied whole: under ZeRO-3 the original's parameters are in pieces on all processes."""
     with gathered(trunk):
         first = next(trunk.parameters())
-        made = type(trunk)(copy.deepcopy(trunk.config)).to(first)
+        made = type(trunk)(copy.deepcopy(trunk.config)).to(first.device)
+        cast_parameters(made, first.dtype)
         made.load_state_dict(trunk.state_dict())
+        for buffer, other in zip(made.buffers(), trunk.buffers(), strict=True):
+            buffer.data = other.detach().clone()  # also what no state dict holds
+    for module, other in zip(made.modules(), trunk.modules(), strict=True):
+        if isinstance(module, nn.Dropout):
+            module.p = other.p
     return made
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """To another type without its buffers: rotary frequencies stay in float32, as models load them."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

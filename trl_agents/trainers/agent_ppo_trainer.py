@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._trl import disable_dropout_in_model
 from ..advantages import combine_moments, masked_moments, spread_over_tokens, whiten
 from ..batch import NO_TURN, Row, Steps, steps_of
 from ..losses import adapt_kl_coef, clipped_value_loss, explained_variance, kl_k1
@@ -19,6 +20,7 @@ from ..value_head import (
     VALUE_HEAD_NAME,
     SeparateCritic,
     ValueHead,
+    cast_parameters,
     hidden_size_of,
     save_value_head,
     split_value_head,
@@ -133,7 +135,9 @@ class AgentPPOTrainer(AgentGRPOTrainer):
                 head.load_reward_model(init)
         if self.is_deepspeed_enabled:
             # Stage 3 shards parameters of one type only; the optimizer's own copies are in float32 at all stages
-            head = head.to(next(p.dtype for p in self.model.parameters() if p.requires_grad))
+            cast_parameters(head, next(p.dtype for p in self.model.parameters() if p.requires_grad))
+        if self.args.disable_dropout:
+            disable_dropout_in_model(head)  # TRL has done so in the policy before there was one
         return head.attach(model)
 
     def _hide_from(self, owner: Any, method: str) -> None:

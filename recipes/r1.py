@@ -1,0 +1,183 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+R1: a base model learns to think before it answers, by GRPO with rewards for the answer and for its form alone
+(R1-Zero), and by R1's four stages: a cold start on a few solutions, GRPO, fine-tuning of the base model on right
+answers of what came out, GRPO again.
+
+    accelerate launch recipes/r1.py                             # minutes, on any computer
+    accelerate launch recipes/r1.py --methods zero
+
+Without --config it runs recipes/configs/r1_tiny.yaml; without --model_name_or_path it makes a small base model from a
+corpus of solutions in many forms. A stage that is done is not trained again. recipes/README.md says what to expect.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
+from trl_agents.data import load_questions
+from trl_agents.evaluation import interval
+from trl_agents.plots import plot_learning_curve
+from trl_agents.questions import load_model, self_training_rows
+from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
+from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments, trainer_settings
+from trl_agents.report import report_stages
+from trl_agents.rewards import Grading, think_answer_format_reward
+from trl_agents.sft import fine_tune
+from trl_agents.stages import Stages, last_checkpoint
+from trl_agents.tiny import tiny_model, tiny_tokenizer
+
+
+METHODS = ("zero", "pipeline")
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "r1_tiny.yaml"
+
+
+@dataclass
+class ScriptArguments:
+    """Arguments of the recipe."""
+
+    dataset: str = field(
+        default="arithmetic",
+        metadata={"help": "gsm8k, svamp, math_qa, math_qa_numeric, arithmetic (made on the spot), or a local file."},
+    )
+    dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the arithmetic problems, as JSON."}
+    )
+    test_dataset: str | None = field(default=None, metadata={"help": "Local file of test questions."})
+    num_train: int | None = field(default=None, metadata={"help": "Use so many training questions."})
+    num_test: int | None = field(default=None, metadata={"help": "Use so many test questions."})
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={
+            "help": "zero: RL from the base model. pipeline: cold start, RL, rejection sampling, RL.",
+            "choices": list(METHODS),
+        },
+    )
+    base_epochs: float = field(default=3, metadata={"help": "Epochs of a new model's pre-training."})
+    base_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of a new model's pre-training."})
+    base_tagged: float = field(default=0.3, metadata={"help": "Share of its documents in R1's form."})
+    base_direct: float = field(default=0.2, metadata={"help": "Share of its documents without a solution."})
+    sft_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of supervised stages."})
+    sft_batch_size: int = field(default=32, metadata={"help": "Rows a supervised step, over all processes."})
+    cold_rows: int = field(default=1000, metadata={"help": "Cold start: number of solutions."})
+    cold_epochs: float = field(default=2, metadata={"help": "Cold start: epochs."})
+    rejection_samples: int = field(default=4, metadata={"help": "Rejection sampling: answers sampled per question."})
+    rejection_most: int = field(default=2, metadata={"help": "Rejection sampling: most right ones kept per question."})
+    rejection_epochs: float = field(default=2, metadata={"help": "Rejection sampling: epochs, from the base model."})
+    num_votes: int = field(default=4, metadata={"help": "Answers sampled per test question."})
+
+
+def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
+    output_dir = Path(training_args.output_dir)
+    settings = as_settings(script_args.dataset_kwargs)
+    check_stages(training_args, model_args)
+    check(script_args, training_args)
+    # The given solutions may skip steps, those of a cold start were written with care
+    whole = {**settings, "skipping": 0.0} if script_args.dataset == "arithmetic" else settings
+    given = load_questions(script_args.dataset, "train", **settings)
+    train = load_questions(script_args.dataset, "train", **whole) if whole != settings else given
+    test = load_questions(script_args.test_dataset or script_args.dataset, "test", **settings)
+    n_train, n_test = script_args.num_train or len(train), script_args.num_test or len(test)
+    given = given.select(range(min(n_train, len(given))))
+    train = r1_prompt_completion(train.select(range(min(n_train, len(train)))))
+    test = r1_prompt_completion(test.select(range(min(n_test, len(test)))))
+    corpus = mixed_corpus(given, script_args.base_tagged, script_args.base_direct, training_args.seed)
+    letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
+    grading = {"choice": letters, "partial": 0.0}
+    rewards = [Grading(**grading).reward, think_answer_format_reward]  # both weigh 1
+    sft_settings = {"learning_rate": script_args.sft_learning_rate, "batch_size": script_args.sft_batch_size}
+    sft = functools.partial(fine_tune, batch_size=script_args.sft_batch_size, **machine_settings(training_args))
+    answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
+
+    def pretrain(folder):
+        texts = [row["prompt"] + row["completion"] for row in corpus.select(range(min(2000, len(corpus))))]
+        tokenizer = tiny_tokenizer(texts, phrases=PHRASES)
+        model = tiny_model(tokenizer, seed=training_args.seed)
+        pace = {"epochs": script_args.base_epochs, "learning_rate": script_args.base_learning_rate}
+        sft(model, corpus, folder, tokenizer=tokenizer, completion_only_loss=False, **pace)
+
+    def cold_start(folder):
+        rows = train.shuffle(seed=training_args.seed).select(range(min(script_args.cold_rows, len(train))))
+        sft(base, rows, folder, epochs=script_args.cold_epochs, learning_rate=script_args.sft_learning_rate)
+
+    def rejection(start, folder):
+        kept = self_training_rows(
+            *load_model(start, training_args.device),
+            train,
+            WellFormedGrading(**grading),
+            n=script_args.rejection_samples,
+            most=script_args.rejection_most,
+            seed=training_args.seed,
+            **answering,
+        )
+        sft(base, kept, folder, epochs=script_args.rejection_epochs, learning_rate=script_args.sft_learning_rate)
+
+    def rl(start, folder):
+        args = copy.copy(training_args)
+        args.output_dir = str(folder)
+        trainer = AgentGRPOTrainer(
+            str(start),
+            reward_funcs=rewards,
+            args=args,
+            train_dataset=train.select_columns(["prompt", "answer"]),
+            processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.save_model(folder)
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            for reward, label in zip(rewards, ("accuracy", "format"), strict=True):
+                metric = f"rewards/{reward.__name__}/mean"
+                plot_learning_curve(trainer.state.log_history, folder / f"{label}_curve.png", metric, label)
+
+    stages = Stages(
+        output_dir,
+        model=model_args.model_name_or_path,
+        data=[script_args.dataset, settings, script_args.num_train],
+        seed=training_args.seed,
+    )
+    pretraining = [script_args.base_tagged, script_args.base_direct, script_args.base_epochs]
+    pretraining += [script_args.base_learning_rate, script_args.sft_batch_size]
+    # Each stage depends on what those before it depend on
+    begun = {} if model_args.model_name_or_path else {"base": pretraining}
+    base = model_args.model_name_or_path or stages.run("base", pretrain, **begun)
+    rl_settings = trainer_settings(training_args)
+    folders = {"base": base}
+    if "zero" in script_args.methods:
+        folders["zero"] = stages.run("zero", functools.partial(rl, base), **begun, **rl_settings)
+    if "pipeline" in script_args.methods:
+        begun |= {**sft_settings, "cold": [script_args.cold_rows, script_args.cold_epochs]}
+        folders["cold_start"] = stages.run("cold_start", cold_start, **begun)
+        begun |= rl_settings
+        folders["rl"] = stages.run("rl", functools.partial(rl, folders["cold_start"]), **begun)
+        kept = [script_args.rejection_samples, script_args.rejection_most, script_args.rejection_epochs]
+        folders["rejection"] = stages.run("rejection", functools.partial(rejection, folders["rl"]), **begun, kept=kept)
+        folders["rl_2"] = stages.run("rl_2", functools.partial(rl, folders["rejection"]), **begun, kept=kept)
+    table = {}
+    for name, folder in folders.items():
+        model, tokenizer = load_model(folder, training_args.device)
+        measured = evaluate_r1(model, tokenizer, test, Grading(**grading), n=script_args.num_votes, **answering)
+        for measure, values in measured.items():
+            table.setdefault(measure, {})[name] = interval(values)
+    # A model that was given keeps its card
+    cards = [folder for folder in folders.values() if folder != model_args.model_name_or_path]
+    report_stages(output_dir, table, f"{len(test)} test questions", folders=cards, label="share of answers")
+
+
+def check(script_args: ScriptArguments, training_args: AgentGRPOConfig) -> None:
+    """Raises now what would be raised in the middle."""
+    if Path(script_args.dataset).suffix and script_args.test_dataset is None:
+        raise ValueError(f"dataset={script_args.dataset!r} is one file: name another to test on, --test_dataset.")
+    if training_args.reward_weights is not None and len(training_args.reward_weights) != 2:
+        raise ValueError(f"reward_weights={training_args.reward_weights}: give two, of the answer and of its form.")
+    if script_args.num_votes < 1:
+        raise ValueError(f"num_votes={script_args.num_votes}: sample at least one answer to each test question.")
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
