@@ -21,7 +21,7 @@ SMALL_REFT += ["--methods", "sft", "offline_st", "online_st", "reft", "reft_sepa
 def run_two(script: str, *arguments, launcher: list[str]) -> subprocess.CompletedProcess:
     command = [*launcher, str(ROOT / "recipes" / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def plain() -> list[str]:
@@ -31,7 +31,7 @@ def plain() -> list[str]:
 
 def deepspeed(stage: int) -> list[str]:
     pytest.importorskip("deepspeed")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return [*torchrun, __file__, str(stage)]
 
 
