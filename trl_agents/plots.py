@@ -254,7 +254,8 @@ def plot_learning_curve(
         axes.axhline(reference.mean, color=colour, linestyle="--", linewidth=1.5, label=player)
         axes.axhspan(reference.low, reference.high, color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="update", ylabel=label, title="Learning curve")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:  # nothing was logged yet: an empty picture
+        axes.legend()
     _finish(figure, axes, path)
 
 
@@ -291,7 +292,7 @@ def plot_overoptimization(
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("gain over the first model, training replies")
-    if panels[0].lines[1:]:  # more than the line at 0
+    if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend()
     figure.savefig(path, dpi=150)
 
