@@ -271,6 +271,7 @@ def test_help_names_the_options():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_tiny_recipe_learns(tmp_path):
     module = recipe()
     module.main(*settings_of(module, "--output_dir", tmp_path, "--disable_tqdm", "true"))
