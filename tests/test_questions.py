@@ -161,6 +161,31 @@ def test_self_training_keeps_what_is_right_once(scripted):
     assert len(self_training_rows(None, None, ROWS, Grading(), n=1, most=1)) == 0
 
 
+@pytest.mark.parametrize("n_items", [0, 1, 3, 7])
+def test_shares_come_back_in_order(monkeypatch, n_items):
+    """Three processes, one after the other: each computes its own items once, and all get all."""
+    items, computed, parts = list(range(n_items)), [], []
+
+    def compute(own):
+        computed.extend(own)
+        return [10 * item for item in own]
+
+    def process(number, gathered):
+        state = type("State", (), {"process_index": number, "num_processes": 3})
+        monkeypatch.setattr(questions, "PartialState", lambda: state)
+        monkeypatch.setattr(questions, "gather_object", gathered)
+        return questions._shared_out(compute, items)
+
+    for number in range(3):
+        process(number, lambda part: parts.extend(part) or PADDING)
+    assert sorted(computed) == items
+    for number in range(3):
+        assert process(number, lambda part: parts) == [10 * item for item in items]
+
+
+PADDING = [[None] * 9] * 3  # what nobody looks at
+
+
 class TestChoosing:
     """A model whose answers are written down: right for questions of even numbers, else half right."""
 

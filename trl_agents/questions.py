@@ -90,10 +90,8 @@ def answer_questions(
     Raises:
         `ValueError`: if a prompt and its answer do not fit the model's positions.
     """
-    state = PartialState()
-    own = range(state.process_index, len(prompts), state.num_processes)
-    all_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]  # all: or one process would raise, others wait
-    prompt_ids = [all_ids[number] for number in own]
+    # Of all prompts: or one process would raise, and the others wait
+    all_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, all_ids), default=0)
     if positions is not None and longest + max_new_tokens > positions:
@@ -104,31 +102,31 @@ def answer_questions(
     eos = model.generation_config.eos_token_id
     eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     sampling = Sampling(tuple(sorted(eos_token_ids)), temperature)
-    n_slots = max(min(n_slots, n * len(prompt_ids)), 1)
-    if SlotBackend.unsupported(model) is None:
-        backend = SlotBackend(model, n_slots, sampling)
-    else:
-        backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
+
+    def answer(own: list[tuple[int, list[int]]]) -> list[list[str]]:
+        slots = max(min(n_slots, n * len(own)), 1)
+        if SlotBackend.unsupported(model) is None:
+            backend = SlotBackend(model, slots, sampling)
+        else:
+            backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
+        replies = answer_prompts(
+            backend,
+            [ids for _, ids in own for _ in range(n)],
+            max_new_tokens,
+            n_slots=slots,
+            luck=[(seed, number, draw) for number, _ in own for draw in range(n)],
+            progress=progress and PartialState().is_main_process,
+        )
+        texts = tokenizer.batch_decode([reply.ids for reply in replies], skip_special_tokens=True)
+        return [texts[start : start + n] for start in range(0, len(texts), n)]
+
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            replies = answer_prompts(
-                backend,
-                [ids for ids in prompt_ids for _ in range(n)],
-                max_new_tokens,
-                n_slots=n_slots,
-                luck=[(seed, number, draw) for number in own for draw in range(n)],
-                progress=progress and state.is_main_process,
-            )
+            return _shared_out(answer, list(enumerate(all_ids)))
     finally:
         model.train(training)
-    texts = tokenizer.batch_decode([reply.ids for reply in replies], skip_special_tokens=True)
-    answered = [texts[start : start + n] for start in range(0, len(texts), n)]
-    if state.num_processes == 1:
-        return answered
-    parts, world = gather_object([answered]), state.num_processes
-    return [parts[number % world][number // world] for number in range(len(prompts))]
 
 
 def evaluate_answers(

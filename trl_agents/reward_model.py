@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl import RewardConfig, RewardTrainer
-from .stages import let_another_trainer_follow
+from .stages import stage_config, train_and_save
 
 
 def fit_reward_model(
@@ -61,21 +60,7 @@ def fit_reward_model(
     """
     if len(dataset) == 0:
         raise ValueError(f"There is no pair to learn {str(output_dir)!r} from.")
-    n_steps = max(round(epochs * len(dataset) / batch_size), 1)
-    defaults = {
-        "max_steps": n_steps,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": n_steps // 10,
-        "per_device_train_batch_size": max(batch_size // PartialState().num_processes, 1),
-        "max_length": None,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 25,
-        "save_strategy": "no",
-        "report_to": [],
-        "seed": seed,
-    }
+    pace = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         warnings.warn(
@@ -86,16 +71,11 @@ def fit_reward_model(
         )
     trainer = RewardTrainer(
         str(model),
-        RewardConfig(str(output_dir), **{**defaults, **reward_kwargs}),
+        stage_config(RewardConfig, output_dir, len(dataset), **pace, **reward_kwargs),
         train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]),
         processing_class=tokenizer,
     )
-    trainer.train()
-    trainer.save_model(str(output_dir))
-    trainer.create_model_card()
-    trainer.accelerator.wait_for_everyone()
-    let_another_trainer_follow()
-    return str(output_dir)
+    return train_and_save(trainer, output_dir)
 
 
 @torch.no_grad()

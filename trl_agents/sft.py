@@ -6,11 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 
 from ._trl import SFTConfig, SFTTrainer
-from .stages import let_another_trainer_follow
+from .stages import stage_config, train_and_save
 
 
 def fine_tune(
@@ -55,31 +54,12 @@ def fine_tune(
     """
     if len(dataset) == 0:
         raise ValueError(f"There is no row to fine-tune on for {str(output_dir)!r}.")
-    n_steps = max(round(epochs * len(dataset) / batch_size), 1)
-    defaults = {
-        "max_steps": n_steps,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": n_steps // 10,
-        "per_device_train_batch_size": max(batch_size // PartialState().num_processes, 1),
-        "max_length": None,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_steps": 25,
-        "save_strategy": "no",
-        "report_to": [],
-        "seed": seed,
-    }
+    pace = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     columns = [name for name in ("prompt", "completion", "messages", "text") if name in dataset.column_names]
     trainer = SFTTrainer(
         str(model) if isinstance(model, Path) else model,
-        SFTConfig(str(output_dir), **{**defaults, **sft_kwargs}),
+        stage_config(SFTConfig, output_dir, len(dataset), **pace, **sft_kwargs),
         train_dataset=dataset.select_columns(columns),
         processing_class=tokenizer,
     )
-    trainer.train()
-    trainer.save_model(str(output_dir))
-    trainer.create_model_card()
-    trainer.accelerator.wait_for_everyone()
-    let_another_trainer_follow()
-    return str(output_dir)
+    return train_and_save(trainer, output_dir)

@@ -100,6 +100,61 @@ class Stages:
         state.wait_for_everyone()
 
 
+def stage_config(
+    config_class: type,
+    output_dir: str | Path,
+    n_rows: int,
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+    **changes: Any,
+) -> Any:
+    """
+    The arguments of a trainer that is one stage among others: a linear schedule after a warm-up of a tenth of the
+    steps, `batch_size` rows a step over all processes, no checkpoints.
+
+    Args:
+        config_class (`type`):
+            Such as [`~trl.SFTConfig`].
+        output_dir (`str` or `Path`):
+            The stage's folder.
+        n_rows (`int`):
+            Rows of the dataset.
+        epochs, learning_rate, batch_size, seed:
+            As for [`~sft.fine_tune`].
+        **changes:
+            Arguments of `config_class` in place of the defaults here.
+    """
+    n_steps = max(round(epochs * n_rows / batch_size), 1)
+    defaults = {
+        "max_steps": n_steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": n_steps // 10,
+        "per_device_train_batch_size": max(batch_size // PartialState().num_processes, 1),
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 25,
+        "save_strategy": "no",
+        "report_to": [],
+        "seed": seed,
+    }
+    return config_class(str(output_dir), **{**defaults, **changes})
+
+
+def train_and_save(trainer: Any, output_dir: str | Path) -> str:
+    """Train, save model and card, make way for the next trainer. Returns `output_dir`, for `from_pretrained`."""
+    trainer.train()
+    trainer.save_model(str(output_dir))
+    trainer.create_model_card()
+    trainer.accelerator.wait_for_everyone()
+    let_another_trainer_follow()
+    return str(output_dir)
+
+
 def let_another_trainer_follow() -> None:
     """
     Call it when a trainer has done its work and another follows in the same process: accelerate keeps one trainer's

@@ -143,7 +143,7 @@ class ValueHead(nn.Linear):
 class SeparateCritic(ValueHead):
     """
     V(s) as a linear function of the last hidden state of a trunk of its own, which starts as a copy of the policy's or
-    of a reward model's: twice the memory and the time, and the policy's trunk learns nothing but to act. ReFT's
+    of a reward model's: a second one to hold and to train, and the policy's learns nothing but to act. ReFT's
     ablation (https://huggingface.co/papers/2401.08967); RLHF's critic that starts from the reward model.
 
     Args:

@@ -36,7 +36,7 @@ class Grading:
     def __post_init__(self):
         if self.style not in STYLES:
             raise ValueError(f"style={self.style!r} is unknown: choose one of {', '.join(STYLES)}.")
-        assert self.reward  # which refuses a `partial` it cannot use, now and not after hours
+        _ = self.reward  # refuses a `partial` it cannot use, now and not after hours
 
     @property
     def reward(self) -> Callable:

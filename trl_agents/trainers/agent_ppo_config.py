@@ -56,8 +56,8 @@ class AgentPPOConfig(AgentGRPOConfig):
             with another is named; one beside a trained adapter is not found by itself: name its folder here.
         separate_critic (`bool`, *optional*, defaults to `False`):
             Whether values are read from a trunk of their own, a copy of the policy's or of the reward model's that
-            `value_head_init` names, instead of the policy's: twice the memory and time (ReFT: no better, converges
-            sooner). It is saved in the same `value_head.safetensors`.
+            `value_head_init` names, instead of the policy's: a second trunk to hold and to train (ReFT: no
+            better, converges sooner). It is saved in the same `value_head.safetensors`.
         value_learning_rate (`float`, *optional*):
             Learning rate of the head, and of its own trunk. Defaults to `learning_rate`.
         detach_value_head (`bool`, *optional*, defaults to `False`):
@@ -129,7 +129,7 @@ class AgentPPOConfig(AgentGRPOConfig):
     )
     separate_critic: bool = field(
         default=False,
-        metadata={"help": "Whether the value head has a trunk of its own: twice the memory and time."},
+        metadata={"help": "Whether the value head has a trunk of its own, a second one to hold and to train."},
     )
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the value head, own trunk included. Default: learning_rate."}
