@@ -2,6 +2,7 @@
 """The `agents/*` metrics, worked by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -28,7 +29,7 @@ TRAJECTORIES = [
     episode(
         turn("red", 1.0, 3, regret=0.5, legal_actions=LEGAL),
         turn("blue", 0.0, 2, regret=0.25, legal_actions=LEGAL),
-        turn("red", 1.0, 1, regret=0.0, legal_actions=LEGAL),
+        replace(turn("red", 1.0, 1, regret=0.0, legal_actions=LEGAL), forced=True),
     ),
     # Return -1, no regret known, coverage 1/4; asked again once
     episode(
@@ -68,6 +69,7 @@ def test_numbers_by_hand():
             "agents/stop_invalid_action": 0.0,
             "agents/stop_env_error": 1 / 5,
             "agents/stop_env_timeout": 1 / 5,
+            "agents/forced_share": 1 / 6,
             "agents/tokens_per_turn": (3 + 2 + 1 + 4 + 2 + 6) / 6,
             "agents/env_seconds": 6.0,
             "agents/env_wait_seconds": 3.0,

@@ -253,10 +253,14 @@ def _draw_problem(
     question = _ask(rng, sentences, owner, things)
     # Drawn from the question, so that the problems stay the same
     first = n_steps - 1 if _share(f"skips {question}") < skipping else 0
+    rationale = "\n".join(equations[first:])
     lines = [starts[first], *sum(code[first:], []), f"result = {owner.lower()}_{things}", "return result"]
+    if first:
+        # Announced: which way a solution goes is chosen at its start, and nothing mixes the two after that
+        rationale, lines = f"In the end, {rationale}", ["# the last step", *lines]
     return {
         "question": question,
-        "rationale": "\n".join(equations[first:]),
+        "rationale": rationale,
         "program": program_opening(question) + "\n".join(f"    {line}" for line in lines),
         "answer": str(value),
         "n_steps": n_steps,

@@ -53,7 +53,8 @@ def rows_of(trajectory: Trajectory, episode: int, filler_id: int, with_final: bo
     """
     if trajectory.stop.is_fault or not trajectory.turns:
         return [padding_row(filler_id, episode)]
-    with_logprobs = all(turn.logprobs is not None for turn in trajectory.turns)
+    with_logprobs = any(turn.logprobs is not None for turn in trajectory.turns)
+    with_logprobs &= all(turn.logprobs is not None or turn.forced for turn in trajectory.turns)
     rows: list[Row] = []
     for number, turn in enumerate(trajectory.turns):
         if number == 0 or not turn.appends:
@@ -67,7 +68,8 @@ def rows_of(trajectory: Trajectory, episode: int, filler_id: int, with_final: bo
         row.completion_ids.extend(turn.action_ids)
         row.turn_index.extend([number] * len(turn.action_ids))
         if with_logprobs:
-            row.logprobs.extend(turn.logprobs)
+            # Nothing sampled a forced reply, so there is nothing to correct for
+            row.logprobs.extend([math.nan] * len(turn.action_ids) if turn.logprobs is None else turn.logprobs)
     rows = [row if row.completion_ids else padding_row(filler_id, episode) for row in rows]
     if with_final and trajectory.final_ids:
         final = list(trajectory.final_ids)

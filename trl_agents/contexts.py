@@ -7,6 +7,7 @@ A context is shared by all episodes; what one episode has read so far is its `Re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,41 @@ class _Context:
         """The text of a reply, without the token that ended it."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def between(self, message: str, last_id: int | None) -> list[int]:
+        """The ids from the end of a reply to the start of the next, around the user's `message`."""
+        ids = self._encode_after_reply(self._after_reply(message))
+        # The template closes the reply; a reply that closed itself must not be closed twice. Some templates put a
+        # space before the closing token, hence the look a little further.
+        if last_id in self.eos_token_ids:
+            for position, token in enumerate(ids[:3]):
+                if token == last_id:
+                    return ids[position + 1 :]
+        return ids
+
+    def _after_reply(self, message: str) -> str:
+        rendered = self.render(
+            [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": _REPLY},
+                {"role": "user", "content": message},
+            ]
+        )
+        _, found, rest = rendered.partition(_REPLY)
+        if not found:
+            raise ValueError("The chat template leaves out the assistant's messages: use one that shows them.")
+        return rest
+
+    def _encode_after_reply(self, text: str) -> list[int]:
+        # Some tokenizers treat the start of a text as the start of a word
+        reply, both = self.encode(_REPLY), self.encode(_REPLY + text)
+        return both[len(reply) :] if both[: len(reply)] == reply else self.encode(text)
+
+    def reply_ids(self, text: str) -> list[int]:
+        """The ids of a reply that somebody else writes in the model's place, as if the model had ended it."""
+        ids = self._encode_after_reply(self._after_reply("?"))
+        closing = [token for token in ids[:3] if token in self.eos_token_ids]
+        return [*self.encode(text), *(closing or [self.tokenizer.eos_token_id])[:1]]
+
     def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]):
         raise NotImplementedError
 
@@ -93,32 +129,6 @@ class ChatContext(_Context):
         message = {"role": "user", "content": opening_message(briefing, observation)}
         return ChatReader(self, self.encode(self.render([message])))
 
-    def between(self, message: str, last_id: int | None) -> list[int]:
-        """The ids from the end of a reply to the start of the next, around the user's `message`."""
-        rendered = self.render(
-            [
-                {"role": "user", "content": "?"},
-                {"role": "assistant", "content": _REPLY},
-                {"role": "user", "content": message},
-            ]
-        )
-        _, found, rest = rendered.partition(_REPLY)
-        if not found:
-            raise ValueError("The chat template leaves out the assistant's messages: use one that shows them.")
-        ids = self._encode_after_reply(rest)
-        # The template closes the reply; a reply that closed itself must not be closed twice. Some templates put a
-        # space before the closing token, hence the look a little further.
-        if last_id in self.eos_token_ids:
-            for position, token in enumerate(ids[:3]):
-                if token == last_id:
-                    return ids[position + 1 :]
-        return ids
-
-    def _encode_after_reply(self, text: str) -> list[int]:
-        # Some tokenizers treat the start of a text as the start of a word
-        reply, both = self.encode(_REPLY), self.encode(_REPLY + text)
-        return both[len(reply) :] if both[: len(reply)] == reply else self.encode(text)
-
 
 class ChatReader:
     """What one episode has read and written so far, as one growing list of ids."""
@@ -128,14 +138,22 @@ class ChatReader:
         self.prompt_ids = prompt_ids  # all the model reads at this turn
         self.input_ids = prompt_ids  # what of it is new since the last sampled token
 
-    def observe(self, reply_ids: tuple[int, ...], executed: str | None, reward: float, observation: str, info) -> None:
-        """The environment answered: its observation is the next user message."""
-        self.ask(reply_ids, observation)
+    def observe(
+        self, reply_ids: tuple[int, ...], executed: str | None, reward: float, observation: str, info, note: str = ""
+    ) -> None:
+        """The environment answered: its observation, and `note` behind it, is the next user message."""
+        self.ask(reply_ids, "\n".join(part for part in (observation, note) if part))
 
     def ask(self, reply_ids: tuple[int, ...], message: str) -> None:
         """Go on with `message` without a step of the environment (asking again after an invalid action)."""
         self.input_ids = self.context.between(message, reply_ids[-1] if reply_ids else None)
         self.prompt_ids = [*self.prompt_ids, *reply_ids, *self.input_ids]
+
+    def reconsider(self, reply_ids: tuple[int, ...], message: str) -> None:
+        """Let the model answer anew after `message`: its reply so far is only something it reads."""
+        read = self.input_ids
+        self.ask(reply_ids, message)
+        self.input_ids = [*read, *reply_ids, *self.input_ids]
 
 
 class WindowContext(_Context):
@@ -177,24 +195,39 @@ class WindowReader:
         self.context, self.briefing = context, briefing
         self.lines: list[str] = []
         self.open = self.observation = observation
-        self.note = ""
+        self.note = self.message = ""
+        self.names: Mapping[str, str] = {}
         self._render()
 
-    def observe(self, reply_ids: tuple[int, ...], executed: str | None, reward: float, observation: str, info) -> None:
-        """The environment answered: the open step becomes a line, the observation opens the next."""
+    def observe(
+        self, reply_ids: tuple[int, ...], executed: str | None, reward: float, observation: str, info, note: str = ""
+    ) -> None:
+        """The environment answered: the open step becomes a line, the observation opens the next, `note` follows."""
         self.lines.append(transition_line(len(self.lines), self.observation, executed, reward, info))
-        self.observation, self.note = observation, ""
+        self.observation, self.note, self.message = observation, note, ""
         self.open = observation.removeprefix(self.lines[-1]).strip("\n")
         self._render()
 
     def ask(self, reply_ids: tuple[int, ...], message: str) -> None:
         """Ask the open step again, with `message` beside it."""
-        self.note = message
+        self.message = message
         self._render()
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call the actions of the history (`Action=X`) otherwise at this turn."""
+        self.names = names
+        self._render()
+
+    def reconsider(self, reply_ids: tuple[int, ...], message: str) -> None:
+        """Let the model answer anew after `message`: its reply so far is only something it reads."""
+        between = self.context.between(message, reply_ids[-1] if reply_ids else None)
+        self.input_ids = self.prompt_ids = [*self.prompt_ids, *reply_ids, *between]
+
     def _render(self) -> None:
-        lines = last(self.lines, self.context.window)
-        text = window_message(self.briefing, lines, self.open, self.note)
+        history = [rename_actions(line, self.names) for line in (*self.lines, self.note)]
+        lines, note = last(history[:-1], self.context.window), history[-1]
+        told = "\n".join(part for part in (note, self.message) if part)
+        text = window_message(self.briefing, lines, self.open, told)
         self.prompt_ids = self.context.encode(self.context.render([{"role": "user", "content": text}]))
         self.input_ids = self.prompt_ids
 
@@ -238,6 +271,14 @@ def transition_line(step: int, observation: str, action: str | None, reward: flo
         return info["transition"]
     state = f" State={observation}" if observation else ""
     return f"Step={step}{state} Action={action} Reward={format_reward(reward)}"
+
+
+def rename_actions(text: str, names: Mapping[str, str]) -> str:
+    """Call the actions of a history (`Action=X`) as `names` says."""
+    if not names:
+        return text
+    either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    return re.sub(rf"(?<=Action=)({either})(?=\s|$)", lambda found: names[found[0]], text)
 
 
 def format_reward(reward: float) -> str:

@@ -18,6 +18,7 @@ from .actions import ActionParser
 from .agents import Agent, make_agent, play_episode
 from .contexts import Briefing, make_context
 from .envs.make import make_env
+from .exploration import Exploration, make_exploration
 from .rollout.generation import Sampling, SlotBackend, replay
 from .rollout.metrics import coverage, regret
 from .rollout.play import Episode, Player, Rules
@@ -163,6 +164,7 @@ def play_model(
     context: str = "chat",
     window: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    exploration: str | Sequence[str] | Exploration | None = None,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
     n_slots: int = 32,
@@ -187,6 +189,8 @@ def play_model(
             Takes actions out of replies. Defaults to `ACTION=X`.
         context, window, chat_template_kwargs (*optional*):
             What the model reads each turn, as in [`AgentGRPOConfig`].
+        exploration (`str`, `Sequence[str]` or [`Exploration`], *optional*):
+            Mechanisms that make it explore, as for [`make_exploration`].
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Token budget of one reply. A reply without a legal action is replaced by a random one.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -201,7 +205,9 @@ def play_model(
     Returns:
         `list[Trajectory]`, in the order of the seeds.
     """
-    factory = functools.partial(make_env, env, **(env_kwargs or {}))
+    exploration = make_exploration(exploration)
+    exploration.check_context(context)
+    factory = functools.partial(make_env, env, **{**(env_kwargs or {}), **exploration.env_kwargs})
     probe = factory()
     briefing = Briefing.of(probe)
     probe.close()
@@ -220,7 +226,7 @@ def play_model(
     model.eval()
     try:
         reader = make_context(context, tokenizer, list(eos_token_ids), chat_template_kwargs, window)
-        player = Player(pool, backend, reader, parser or ActionParser(), briefing, rules)
+        player = Player(pool, backend, reader, parser or ActionParser(), briefing, rules, exploration)
         episodes = [Episode(number, (seed,)) for number in seeds]
         return player.play(episodes, progress=progress, description="Model")[0]
     finally:

@@ -73,9 +73,12 @@ class Turn:
     executed: str | None  # what the environment was given; None: it was not stepped
     reward: float = 0.0  # the environment's own, raw
     penalty: float = 0.0  # shaping for an invalid action, at most 0
+    bonus: float = 0.0  # shaping for exploring, in training; see `exploration.py`
     appends: bool = True
     logprobs: tuple[float, ...] | None = None  # of `action_ids` under the sampler, when the backend reports them
     cut_off: bool = False  # the reply ran into its token budget
+    forced: bool = False  # an exploration mechanism wrote the reply, not the model
+    drafts: tuple[str, ...] = ()  # other replies of the model to the same question, which were not played
     info: Mapping[str, Any] = field(default_factory=dict)  # the environment's, never shown to the model
 
 
@@ -108,7 +111,9 @@ class Trajectory:
         lines = []
         for turn in self.turns:
             lines += [turn.observation] if turn.observation else []
+            lines += [f"  (draft) {draft}" for draft in turn.drafts]
             lines.append(f"> {turn.text}")
+            lines += ["  (forced)"] if turn.forced else []
             if not turn.parsed.is_valid:
                 played = f"; {turn.executed} was played" if turn.executed is not None else ""
                 lines.append(f"  (invalid, {turn.parsed.reason.value}{played})")

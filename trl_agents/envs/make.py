@@ -41,23 +41,26 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
     50
     ```
     """
-    if isinstance(env, str):
-        try:
-            made = gymnasium.make(env, **env_kwargs)
-        except (gymnasium.error.Error, ImportError) as error:
-            ours = ", ".join(sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/")))
-            raise ValueError(
-                f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}. "
-                "Register others with gymnasium.register, or pass a class or a factory."
-            ) from error
-    elif callable(env):
-        made = env(**env_kwargs)
-    else:
+    if not isinstance(env, str) and not callable(env):
         raise ValueError(
             f"env={env!r} is neither an id nor a class or factory. Pass one of these: an environment is made for each "
             "of the episodes that are played side by side, so an instance does not do."
         )
-    return show_through(made)
+    try:
+        return show_through(gymnasium.make(env, **env_kwargs) if isinstance(env, str) else env(**env_kwargs))
+    except (gymnasium.error.Error, ImportError) as error:
+        if not isinstance(env, str):
+            raise
+        ours = ", ".join(sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/")))
+        raise ValueError(
+            f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}. "
+            "Register others with gymnasium.register, or pass a class or a factory."
+        ) from error
+    except TypeError as error:
+        unknown = "unexpected keyword argument" in str(error)
+        if not unknown:
+            raise
+        raise ValueError(f"The environment {env!r} does not take env_kwargs={env_kwargs!r}: {error}") from error
 
 
 def show_through(env: Any) -> Any:

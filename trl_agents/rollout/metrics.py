@@ -18,6 +18,7 @@ METRIC_NAMES = (
     "agents/invalid_share",
     *(f"agents/invalid_{reason.value}" for reason in InvalidReason),
     *(f"agents/stop_{reason.value}" for reason in StopReason),
+    "agents/forced_share",
     "agents/tokens_per_turn",
     "agents/env_seconds",
     "agents/env_wait_seconds",
@@ -59,6 +60,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], clock: Clock) -> list[tu
         sums[f"agents/invalid_{reason.value}"] = (count, len(turns))
     for stop in StopReason:
         sums[f"agents/stop_{stop.value}"] = (sum(t.stop is stop for t in trajectories), len(trajectories))
+    sums["agents/forced_share"] = (sum(turn.forced for turn in turns), len(turns))
     sums["agents/tokens_per_turn"] = (sum(len(turn.action_ids) for turn in turns), len(turns))
     sums["agents/env_seconds"] = (clock.env, 1)
     sums["agents/env_wait_seconds"] = (clock.env_wait, 1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..actions import ActionParser
 from ..contexts import Briefing
+from ..exploration import Exploration, Past, name_back, vote
 from ..types import ParsedAction, StopReason, Trajectory, Turn
 from .generation import Backend, Reply
 from .workers import EnvPool, EnvReply
@@ -111,6 +113,15 @@ class _Live:
     pending: dict[str, Any] | None = None  # the turn whose action the environment is playing
     retries: int = 0
     env_seconds: float = 0.0
+    chance: random.Random | None = None  # the exploration mechanisms' own luck
+    names: dict[str, str] | None = None  # what the actions are called at this turn
+    drafts: list[Reply] = field(default_factory=list)  # replies so far to the question that is open
+
+    @property
+    def past(self) -> Past:
+        played = [turn for turn in self.turns if turn.executed is not None]
+        legal = self.info.get("legal_actions") or ()
+        return Past(tuple(legal), tuple(t.executed for t in played), tuple(t.reward for t in played))
 
 
 class Player:
@@ -131,6 +142,8 @@ class Player:
             them into `info["instructions"]` at `reset`.
         rules ([`Rules`]):
             Budgets, and what an invalid action leads to.
+        exploration ([`Exploration`], *optional*):
+            Mechanisms that make the player explore. The pool's environments must have its `env_kwargs`.
         patience (`float`, *optional*, defaults to `0.02`):
             How long after its question an environment is waited for while other episodes could decode. Fast ones
             answer within it, so that episodes decode together; a slow one holds the others up no longer than this.
@@ -144,10 +157,15 @@ class Player:
         parser: ActionParser,
         briefing: Briefing,
         rules: Rules,
+        exploration: Exploration | None = None,
         patience: float = 0.02,
     ):
         self.pool, self.backend, self.context, self.parser = pool, backend, context, parser
         self.briefing, self.rules, self.patience = briefing, rules, patience
+        self.exploration = exploration or Exploration()
+        self.exploration.check_context("chat" if context.appends else "window")
+        budgets = [budget for budget in (rules.max_new_tokens, self.exploration.max_new_tokens) if budget]
+        self.max_new_tokens = min(budgets)
 
     def play(
         self, episodes: Sequence[Episode], progress: bool = False, description: str = "Episodes"
@@ -173,7 +191,8 @@ class Player:
                 while queue and free:
                     index, episode = queue.popleft()
                     slot = free.pop()
-                    live[slot] = _Live(index, episode, np.random.default_rng([episode.seed % 2**32, *episode.luck]))
+                    luck = [episode.seed % 2**32, *episode.luck]
+                    live[slot] = _Live(index, episode, np.random.default_rng(luck), chance=random.Random(str(luck)))
                     self.pool.reset(slot, episode.seed, episode.options)
                 idle = not self.backend.busy
                 waited = time.perf_counter()
@@ -181,7 +200,7 @@ class Player:
                 clock.env_wait += (time.perf_counter() - waited) * idle
                 for env_reply in env_replies:
                     clock.env += env_reply.seconds
-                    self._on_environment(live[env_reply.slot], env_reply, finish)
+                    self._on_environment(live[env_reply.slot], env_reply, finish, bar)
                 if self.backend.busy:
                     decoding = time.perf_counter()
                     replies = self.backend.step()
@@ -192,7 +211,7 @@ class Player:
         clock.wall = time.perf_counter() - started
         return finished, clock
 
-    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable) -> None:
+    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: _Bar) -> None:
         live.env_seconds += reply.seconds
         if reply.fault is not None:
             return finish(reply.slot, reply.fault, reply.error)
@@ -203,16 +222,39 @@ class Player:
             if "instructions" in reply.info:
                 briefing = dataclasses.replace(briefing, instructions=reply.info["instructions"])
             live.reader = self.context.begin(briefing, reply.observation, reply.info)
-            return self._submit(reply.slot, live, finish)
+            return self._begin_turn(reply.slot, live, finish, bar)
         turn = Turn(**live.pending, reward=reply.reward, info=reply.info)
         live.turns.append(turn)
         live.pending, live.retries = None, 0
         if reply.terminated:
             return finish(reply.slot, StopReason.TERMINATED)
-        live.reader.observe(turn.action_ids, turn.executed, turn.reward, reply.observation, reply.info)
+        note = self.exploration.note(live.past)
+        live.observation = "\n".join(part for part in (reply.observation, note) if part)
+        live.reader.observe(turn.action_ids, turn.executed, turn.reward, reply.observation, reply.info, note)
         if reply.truncated or self._out_of_turns(live):
             return finish(reply.slot, StopReason.TRUNCATED if reply.truncated else StopReason.MAX_TURNS)
-        self._submit(reply.slot, live, finish)
+        self._begin_turn(reply.slot, live, finish, bar)
+
+    def _begin_turn(self, slot: int, live: _Live, finish: Callable, bar: _Bar) -> None:
+        """A question is open: name the actions, and answer it without the model where a mechanism says so."""
+        live.names = self.exploration.relabel(live.past, live.chance)
+        if live.names:
+            if live.info.get("legal_actions") != live.reset_info.get("legal_actions"):
+                raise ValueError("Actions can be renamed only where the legal ones stay the same all episode long.")
+            live.reader.rename(live.names)
+        forced = self.exploration.force(live.past, live.chance)
+        if forced is None or self._budget(live) < 1:
+            return self._submit(slot, live, finish)
+        action, thought = ((live.names or {}).get(forced[0], forced[0]), forced[1])
+        if live.names:
+            thought = thought.replace(forced[0], action)
+        stated = self.parser.format(action)
+        ids = self.context.reply_ids(f"{thought} {stated}")
+        if len(ids) > self._budget(live):
+            ids = self.context.reply_ids(stated)  # too little room to think
+        if len(ids) > self._budget(live):
+            return finish(slot, StopReason.CONTEXT_FULL)
+        self._on_final(slot, live, Reply(tuple(ids), cut_off=False), finish, bar, forced=True)
 
     def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
         budget = self._budget(live)
@@ -227,18 +269,37 @@ class Player:
 
     def _budget(self, live: _Live) -> int:
         if self.rules.max_length is None:
-            return self.rules.max_new_tokens
-        return min(self.rules.max_new_tokens, self.rules.max_length - len(live.reader.prompt_ids))
+            return self.max_new_tokens
+        return min(self.max_new_tokens, self.rules.max_length - len(live.reader.prompt_ids))
 
     def _out_of_turns(self, live: _Live) -> bool:
         return self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns
 
     def _on_reply(self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: _Bar) -> None:
+        """The model answered: ask once more where replies vote or are corrected, else play it."""
+        live.drafts.append(reply)
+        if self.exploration.correction and len(live.drafts) == 1:
+            live.reader.reconsider(reply.ids, self.exploration.correction)
+            return self._submit(slot, live, finish)
+        if len(live.drafts) < self.exploration.n_samples:
+            return self._submit(slot, live, finish)
+        if self.exploration.n_samples > 1:
+            # The last of the drafts is the one that counts
+            live.drafts.append(live.drafts.pop(vote([self._parse(live, draft)[1] for draft in live.drafts])))
+        self._on_final(slot, live, live.drafts.pop(), finish, bar)
+
+    def _parse(self, live: _Live, reply: Reply) -> tuple[str, ParsedAction]:
         text = self.context.decode(reply.ids)
+        parsed = self.parser.parse(text, live.info.get("legal_actions"), cut_off=reply.cut_off)
+        return text, name_back(parsed, live.names) if live.names else parsed
+
+    def _on_final(
+        self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: _Bar, forced: bool = False
+    ) -> None:
+        text, parsed = self._parse(live, reply)
         legal_actions = live.info.get("legal_actions")
-        parsed = self.parser.parse(text, legal_actions, cut_off=reply.cut_off)
         bar.turn(parsed)
-        if reply.cut_off and not parsed.is_valid and live.turns and self._budget(live) < self.rules.max_new_tokens:
+        if reply.cut_off and not parsed.is_valid and live.turns and self._budget(live) < self.max_new_tokens:
             return finish(slot, StopReason.CONTEXT_FULL)  # the room ran out, which is no fault of the reply
         turn = {
             "observation": live.observation,
@@ -247,10 +308,14 @@ class Player:
             "text": text,
             "parsed": parsed,
             "penalty": 0.0 if parsed.is_valid else self.rules.invalid_action_penalty,
+            "bonus": self.exploration.bonus(live.past, parsed.action) if parsed.is_valid else 0.0,
             "appends": self.context.appends,
             "logprobs": reply.logprobs,
             "cut_off": reply.cut_off,
+            "forced": forced,
+            "drafts": tuple(self.context.decode(draft.ids) for draft in live.drafts),
         }
+        live.drafts = []
         action = parsed.action
         if action is None and self.rules.invalid_action == "random":
             if not legal_actions:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._trl import GRPOConfig
+from ..exploration import make_exploration
 from ..rollout.play import INVALID_ACTION_CHOICES
 
 
@@ -66,6 +67,14 @@ class AgentGRPOConfig(GRPOConfig):
             Added to the reward of a turn without a legal action, after normalisation.
         max_retries (`int`, *optional*, defaults to `2`):
             With `invalid_action="retry"`, how often a step is asked again before the episode ends.
+
+        > Parameters that control exploration
+
+        exploration (`list[str]`, *optional*):
+            Mechanisms that make the player explore, in training and in evaluation: `"try_all"`,
+            `"epsilon_greedy=0.1"`, `"context_randomization"`, `"context_summary"`, `"self_correction"`,
+            `"self_consistency=16"`, `"exploration_bonus=1"`, `"thinking_budget=64"`, `"no_reasoning"`; see
+            `trl_agents/exploration.py`.
 
         > Parameters that control the environments
 
@@ -153,6 +162,14 @@ class AgentGRPOConfig(GRPOConfig):
         default=2,
         metadata={"help": "With invalid_action='retry', how often a step is asked again before the episode ends."},
     )
+    exploration: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Mechanisms that make the player explore: try_all, epsilon_greedy=0.1, context_randomization, "
+            "context_summary, self_correction, self_consistency=16, exploration_bonus=1, thinking_budget=64, "
+            "no_reasoning."
+        },
+    )
     env_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Keyword arguments of the environment, as JSON: '{\"n_arms\": 10}'."},
@@ -217,6 +234,7 @@ class AgentGRPOConfig(GRPOConfig):
                 f"loss_type={self.loss_type!r} averages over rows, and context='window' pads the number of rows, so "
                 f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
             )
+        make_exploration(self.exploration).check_context(self.context)
         try:
             super().__post_init__()
         except ValueError as error:

@@ -23,6 +23,7 @@ from ..batch import Row, pad_turn_index, pad_turns, padding_row, rows_of
 from ..contexts import Briefing, make_context
 from ..envs.make import make_env
 from ..evaluation import validation_seeds
+from ..exploration import make_exploration
 from ..returns import discounted_returns
 from ..rollout.generation import Backend, Sampling, SlotBackend, replay
 from ..rollout.metrics import combine_metrics, rollout_metrics
@@ -136,7 +137,9 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         check_types(args, action_parser)
         self.env_name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self.card_results = ""  # Markdown: what the trained agent achieved
-        self.env_factory = functools.partial(make_env, env, **(args.env_kwargs or {}))
+        self.exploration = make_exploration(args.exploration)
+        self.env_kwargs = {**(args.env_kwargs or {}), **self.exploration.env_kwargs}
+        self.env_factory = functools.partial(make_env, env, **self.env_kwargs)
         self.action_parser = action_parser or ActionParser()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         check_settings(args, model, reward_funcs, kwargs)
@@ -262,6 +265,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 self.action_parser,
                 briefing,
                 self._rules(model),
+                self.exploration,
             )
             show = self.accelerator.is_main_process and not self.args.disable_tqdm
             return player.play(episodes, progress=show, description=description)
@@ -329,7 +333,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
     # -- rewards -----------------------------------------------------------------------------------------------------
 
     def _normalize(self, trajectories: list[Trajectory], mode: str) -> None:
-        """Set `turn_rewards`: per episode, the normalised environment reward of each turn plus its penalty."""
+        """Set `turn_rewards`: per episode, the normalised environment reward of each turn plus its shaping."""
         healthy = [trajectory for trajectory in trajectories if not trajectory.stop.is_fault]
         seen = gather_object([turn.reward for t in healthy for turn in t.turns if turn.executed is not None])
         if mode == "train" and seen:
@@ -339,8 +343,12 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         # Rewards that never differ have no scale: divided by their rounding they would drown the penalty
         scale = std if how != "none" and std > 1e-6 * abs(self.reward_statistics.mean) else 1.0
         shift = float(self.reward_statistics.mean) if how == "standardize" else 0.0
+        explores = mode == "train"
         self.turn_rewards = [
-            [(turn.reward - shift) / scale * (turn.executed is not None) + turn.penalty for turn in t.turns]
+            [
+                (turn.reward - shift) / scale * (turn.executed is not None) + turn.penalty + turn.bonus * explores
+                for turn in t.turns
+            ]
             for t in trajectories
         ]
 

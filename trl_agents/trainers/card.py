@@ -10,6 +10,7 @@ from .agent_grpo_config import AgentGRPOConfig
 # What a reader of the model card wants to know of how the agent was trained.
 CARD_SETTINGS = (
     "context",
+    "exploration",
     "max_completion_length",
     "discount",
     "num_generations",
@@ -47,6 +48,8 @@ def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results:
         call += f", temperature={args.eval_temperature}"
     if args.context == "window":
         call += f', context="window", window={args.window}'
+    if args.exploration:
+        call += f", exploration={args.exploration!r}"
     if args.chat_template_kwargs:
         call += f", chat_template_kwargs={args.chat_template_kwargs!r}"
     parser_import = ""

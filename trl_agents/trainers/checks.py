@@ -12,6 +12,7 @@ from .._trl import check_trl
 from ..actions import ActionParser
 from ..contexts import Briefing
 from ..envs.make import make_env
+from ..exploration import make_exploration
 from .agent_grpo_config import AgentGRPOConfig
 
 
@@ -42,7 +43,7 @@ def check_run(
     check_dataset(dataset, args.generation_batch_size // args.num_generations)
     check_dataset(kwargs.get("eval_dataset"))
     check_environment(
-        functools.partial(make_env, env, **(args.env_kwargs or {})),
+        functools.partial(make_env, env, **{**(args.env_kwargs or {}), **make_exploration(args.exploration).env_kwargs}),
         action_parser or ActionParser(),
         args,
         next(iter(dataset)),
