@@ -16,21 +16,16 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
-from trl_agents.evaluation import interval
 from trl_agents.plots import plot_overoptimization
-from trl_agents.preference_eval import evaluate_replies
-from trl_agents.preferences import PreferenceArguments, utility_reward
-from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, machine_settings, parse_arguments, trainer_settings
+from trl_agents.preferences import PreferenceArguments
+from trl_agents.recipe import check_stages, parse_arguments, trainer_settings
 from trl_agents.report import report_stages
-from trl_agents.reward_model import fit_reward_model, get_model_reward
-from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages, last_checkpoint
-from trl_agents.tiny import save_tiny_start
+from trl_agents.rlhf import begin, evaluate_policies
+from trl_agents.stages import last_checkpoint
 
 
 METHODS = ("ppo", "ppo_no_kl")
@@ -59,34 +54,15 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             f"beta={training_args.beta} and kl_in={training_args.kl_in!r}: the stage `ppo` has the KL in its reward, "
             "`ppo_no_kl` has none."
         )
-    demonstrations, pairs, test = script_args.load(training_args.seed)
-    settings = machine_settings(training_args)
-    sft_settings, rm_settings = script_args.sft_settings, script_args.rm_settings
-    stages = Stages(
-        output_dir, model=model_args.model_name_or_path, data=script_args.data_settings, seed=training_args.seed
-    )
-    start = model_args.model_name_or_path or stages.run(
-        "start", lambda folder: save_tiny_start(demonstrations, folder, seed=training_args.seed)
-    )
-    sft = stages.run(
-        "sft", lambda folder: fine_tune(start, demonstrations, folder, **sft_settings, **settings), **sft_settings
-    )
-    judge = stages.run(
-        "reward_model",
-        lambda folder: fit_reward_model(sft, pairs, folder, **rm_settings, **settings),
-        **{"sft": sft_settings, **rm_settings},
-    )
-    device = training_args.device
-    rewards = {"proxy reward": get_model_reward(*load_model(judge, device, AutoModelForSequenceClassification))}
-    if script_args.has_utility:
-        rewards["true utility"] = utility_reward
+    beginning = begin(script_args, training_args, model_args.model_name_or_path)
+    sft, judge, rewards = beginning.sft, beginning.reward_model, beginning.load_rewards(training_args.device)
 
     def ppo(args):
         trainer = AgentPPOTrainer(
             str(sft),
             reward_funcs=list(rewards.values()),
             args=args,
-            train_dataset=pairs.select_columns(["prompt"]),
+            train_dataset=beginning.pairs.select_columns(["prompt"]),
             processing_class=AutoTokenizer.from_pretrained(sft, padding_side="left"),
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
@@ -101,31 +77,21 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         args.reward_weights = [1.0] + [0.0] * (len(rewards) - 1)  # the true utility is looked at, not trained on
         if name == "ppo_no_kl":
             args.beta, args.max_steps = NO_KL, script_args.no_kl_steps or args.max_steps
-        keep = trainer_settings(args)
-        trained[name] = stages.run(
-            name, lambda folder, args=args: ppo(args), sft=sft_settings, reward_model=rm_settings, **keep
-        )
+        keep = {**beginning.settings, **trainer_settings(args)}
+        trained[name] = beginning.stages.run(name, lambda folder, args=args: ppo(args), **keep)
 
-    table, curves = {}, {}
-    for name, folder in trained.items():
-        measured = evaluate_replies(
-            *load_model(folder, device),
-            test["prompt"][:],
-            rewards,
-            reference=load_model(sft, device)[0],
-            max_new_tokens=training_args.max_completion_length,
-            temperature=training_args.temperature,
-            samples=output_dir / f"replies_{name}.txt",
-            progress=not training_args.disable_tqdm,
-        )
-        for measure, values in measured.items():
-            table.setdefault(measure, {})[name] = interval(values)
-        if name != "sft":
-            curves[name] = curve(folder, rewards)
+    table = evaluate_policies(
+        beginning,
+        trained,
+        training_args,
+        max_new_tokens=training_args.max_completion_length,
+        temperature=training_args.temperature,
+    )
+    curves = {name: curve(folder, rewards) for name, folder in trained.items() if name != "sft"}
     report_stages(
         output_dir,
         table,
-        f"{len(test)} test prompts",
+        f"{len(beginning.test)} test prompts",
         folders=[*trained.values(), judge],
         label="mean",
         shares=False,
