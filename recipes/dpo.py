@@ -11,7 +11,6 @@ Without --config it runs recipes/configs/dpo_tiny.yaml; without --model_name_or_
 learns from nothing. A stage that is done is not trained again. recipes/README.md says what to expect.
 """
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from trl_agents.plots import plot_learning_curve
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_stages, parse_arguments, trainer_settings
+from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
 from trl_agents.stages import last_checkpoint
@@ -41,11 +40,9 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
     beginning = begin(script_args, training_args, model_args.model_name_or_path)
 
     def dpo(folder):
-        args = copy.copy(training_args)
-        args.output_dir = str(folder)
         trainer = DPOTrainer(
             str(beginning.sft),
-            args=args,
+            args=stage_arguments(training_args, folder),
             train_dataset=beginning.pairs,
             processing_class=AutoTokenizer.from_pretrained(beginning.sft, padding_side="left"),
         )
@@ -66,6 +63,7 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
         folders=[*trained.values(), beginning.reward_model],
         label="mean",
         shares=False,
+        push=training_args,
     )
 
 

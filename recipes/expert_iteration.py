@@ -11,7 +11,6 @@ Without --config it runs recipes/configs/expert_iteration_tiny.yaml; without --m
 model. A round that is done is not repeated. recipes/README.md says what to expect.
 """
 
-import copy
 import functools
 import json
 from dataclasses import asdict, dataclass, field
@@ -26,8 +25,8 @@ from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import held_out_seeds, interval, markdown_table, play_agents, summarize
 from trl_agents.plots import plot_accuracy, plot_regret
 from trl_agents.questions import answer_questions, evaluate_answers, load_model
-from trl_agents.recipe import as_settings, check_stages, parse_arguments, trainer_settings
-from trl_agents.report import add_to_cards, report_stages
+from trl_agents.recipe import as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.report import add_to_cards, push_stages, report_stages
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, last_checkpoint
@@ -152,8 +151,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
                 f"Nothing is good enough for {str(folder)!r}: lower min_reward, or sample more. (What was played can "
                 f"be kept: copy its episodes.jsonl and pass it as `episodes` before you delete the folder.)"
             )
-        own_args = copy.copy(training_args)
-        own_args.output_dir = str(folder)
+        own_args = stage_arguments(training_args, folder)
         trainer = SFTTrainer(model, own_args, train_dataset=rows, processing_class=tokenizer)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(str(folder))
@@ -199,8 +197,11 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     for name, folder in folders.items():
         evaluate(name, folder)
 
+    # A model that was given keeps its card
+    cards = [folder for folder in folders.values() if folder != model_args.model_name_or_path]
     if args.dataset:
-        return report_stages(output_dir, accuracy, f"{len(test)} test questions", folders=folders.values())
+        title = f"{len(test)} test questions"
+        return report_stages(output_dir, accuracy, title, folders=cards, push=training_args)
     table = summarize(played)
     picture = output_dir / ("regret.png" if "regret" in table else "returns.png")
     if PartialState().is_main_process:
@@ -212,8 +213,10 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         else:
             paid = {name: interval([episode.return_ > 0 for episode in own]) for name, own in played.items()}
             plot_accuracy({"return above 0": paid}, picture, title, "share of episodes")
-        add_to_cards(folders.values(), f"{title}, mean [95% interval]:\n\n{markdown_table(table)}", picture)
+        add_to_cards(cards, f"{title}, mean [95% interval]:\n\n{markdown_table(table)}", picture)
         print(markdown_table(table))
+        if training_args.push_to_hub:
+            push_stages(cards, training_args)
 
 
 if __name__ == "__main__":

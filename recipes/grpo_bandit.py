@@ -11,17 +11,16 @@ warms it up on a random player's episodes. recipes/README.md says what to expect
 """
 
 import functools
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
-from trl_agents.evaluation import held_out_seeds, markdown_table, play_agents, summarize
-from trl_agents.plots import plot_learning_curve, plot_regret
+from trl_agents.evaluation import held_out_seeds, play_agents
 from trl_agents.recipe import parse_arguments
+from trl_agents.report import report_players
 from trl_agents.tiny import make_tiny_model
 
 
@@ -93,21 +92,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     played["after"] = trainer.play(seeds)
     trainer.close_environments()
 
-    table = summarize(played)
-    trainer.card_results = f"{len(seeds)} held-out episodes, mean [95% interval]:\n\n{markdown_table(table)}\n\n"
-    trainer.card_results += "![Regret by step](regret.png)\n\n![Learning curve](learning_curve.png)"
-    if trainer.is_world_process_zero():
-        metrics = {measure: {player: asdict(value) for player, value in row.items()} for measure, row in table.items()}
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        title = ", ".join(f"{name}={value}" for name, value in env_kwargs.items())
-        plot_regret(played, output_dir / "regret.png", title)
-        references = {player: table["regret"][player] for player in PLAYERS}
-        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", references=references)
-        for player in ("before", "after"):
-            episodes = "\n\n".join(f"Episode {number}\n{episode}" for number, episode in enumerate(played[player][:8]))
-            (output_dir / f"episodes_{player}.txt").write_text(episodes)
-        print(markdown_table(table))
-    trainer.create_model_card()
+    report_players(trainer, played, ", ".join(f"{name}={value}" for name, value in env_kwargs.items()))
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

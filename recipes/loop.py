@@ -25,7 +25,8 @@ from trl_agents import ActionParser, make_env
 from trl_agents.agents import RandomAgent
 from trl_agents.contexts import Briefing, ChatContext
 from trl_agents.rollout.generation import Sampling, SlotBackend
-from trl_agents.tiny import play_transcripts, tiny_model, tiny_tokenizer
+from trl_agents.tiny import tiny_model, tiny_tokenizer
+from trl_agents.transcripts import play_transcripts
 
 
 @dataclass

@@ -30,7 +30,8 @@ from trl_agents.evaluation import (
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
 from trl_agents.recipe import parse_arguments
-from trl_agents.tiny import board_rationale, make_tiny_model
+from trl_agents.tiny import make_tiny_model
+from trl_agents.transcripts import board_rationale
 
 
 OPPONENTS = ("random", "noisy", "optimal")

@@ -11,7 +11,6 @@ Without --config it runs recipes/configs/r1_tiny.yaml; without --model_name_or_p
 corpus of solutions in many forms. A stage that is done is not trained again. recipes/README.md says what to expect.
 """
 
-import copy
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +19,18 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
-from trl_agents.data import load_questions
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model, self_training_rows
 from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
-from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments, trainer_settings
+from trl_agents.recipe import (
+    QuestionArguments,
+    check_stages,
+    machine_settings,
+    parse_arguments,
+    stage_arguments,
+    trainer_settings,
+)
 from trl_agents.report import report_stages
 from trl_agents.rewards import Grading, think_answer_format_reward
 from trl_agents.sft import fine_tune
@@ -38,19 +43,9 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "r1_tiny.yaml"
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(QuestionArguments):
     """Arguments of the recipe."""
 
-    dataset: str = field(
-        default="arithmetic",
-        metadata={"help": "gsm8k, svamp, math_qa, math_qa_numeric, arithmetic (made on the spot), or a local file."},
-    )
-    dataset_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Settings of the arithmetic problems, as JSON."}
-    )
-    test_dataset: str | None = field(default=None, metadata={"help": "Local file of test questions."})
-    num_train: int | None = field(default=None, metadata={"help": "Use so many training questions."})
-    num_test: int | None = field(default=None, metadata={"help": "Use so many test questions."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={
@@ -74,18 +69,14 @@ class ScriptArguments:
 
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    settings = as_settings(script_args.dataset_kwargs)
+    settings = script_args.question_settings
     check_stages(training_args, model_args)
     check(script_args, training_args)
     # The given solutions may skip steps, those of a cold start were written with care
-    whole = {**settings, "skipping": 0.0} if script_args.dataset == "arithmetic" else settings
-    given = load_questions(script_args.dataset, "train", **settings)
-    train = load_questions(script_args.dataset, "train", **whole) if whole != settings else given
-    test = load_questions(script_args.test_dataset or script_args.dataset, "test", **settings)
-    n_train, n_test = script_args.num_train or len(train), script_args.num_test or len(test)
-    given = given.select(range(min(n_train, len(given))))
-    train = r1_prompt_completion(train.select(range(min(n_train, len(train)))))
-    test = r1_prompt_completion(test.select(range(min(n_test, len(test)))))
+    whole = {"skipping": 0.0} if settings.get("skipping") else {}
+    given = script_args.load("train")
+    train = r1_prompt_completion(script_args.load("train", **whole) if whole else given)
+    test = r1_prompt_completion(script_args.load("test"))
     corpus = mixed_corpus(given, script_args.base_tagged, script_args.base_direct, training_args.seed)
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = {"choice": letters, "partial": 0.0}
@@ -118,12 +109,10 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         sft(base, kept, folder, epochs=script_args.rejection_epochs, learning_rate=script_args.sft_learning_rate)
 
     def rl(start, folder):
-        args = copy.copy(training_args)
-        args.output_dir = str(folder)
         trainer = AgentGRPOTrainer(
             str(start),
             reward_funcs=rewards,
-            args=args,
+            args=stage_arguments(training_args, folder),
             train_dataset=train.select_columns(["prompt", "answer"]),
             processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
         )
@@ -166,13 +155,13 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             table.setdefault(measure, {})[name] = interval(values)
     # A model that was given keeps its card
     cards = [folder for folder in folders.values() if folder != model_args.model_name_or_path]
-    report_stages(output_dir, table, f"{len(test)} test questions", folders=cards, label="share of answers")
+    report_stages(
+        output_dir, table, f"{len(test)} test questions", folders=cards, label="share of answers", push=training_args
+    )
 
 
 def check(script_args: ScriptArguments, training_args: AgentGRPOConfig) -> None:
     """Raises now what would be raised in the middle."""
-    if Path(script_args.dataset).suffix and script_args.test_dataset is None:
-        raise ValueError(f"dataset={script_args.dataset!r} is one file: name another to test on, --test_dataset.")
     if training_args.reward_weights is not None and len(training_args.reward_weights) != 2:
         raise ValueError(f"reward_weights={training_args.reward_weights}: give two, of the answer and of its form.")
     if script_args.num_votes < 1:

@@ -10,7 +10,6 @@ Without --config it runs recipes/configs/reft_tiny.yaml; without --model_name_or
 learns from nothing. A stage that is done is not trained again. recipes/README.md says what to expect.
 """
 
-import copy
 import functools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +19,18 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
-from trl_agents.data import load_questions, prompt_completion
+from trl_agents.data import prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
-from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments, trainer_settings
+from trl_agents.recipe import (
+    QuestionArguments,
+    check_stages,
+    machine_settings,
+    parse_arguments,
+    stage_arguments,
+    trainer_settings,
+)
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
@@ -45,22 +51,12 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reft_tiny.yaml"
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(QuestionArguments):
     """Arguments of the recipe."""
 
-    dataset: str = field(
-        default="arithmetic",
-        metadata={"help": "gsm8k, svamp, math_qa, math_qa_numeric, arithmetic (made on the spot), or a local file."},
-    )
-    dataset_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Settings of the arithmetic problems, as JSON."}
-    )
-    test_dataset: str | None = field(default=None, metadata={"help": "Local file of test questions."})
     style: str = field(
         default="words", metadata={"help": "Answers in words or as programs.", "choices": ["words", "program"]}
     )
-    num_train: int | None = field(default=None, metadata={"help": "Use so many training questions."})
-    num_test: int | None = field(default=None, metadata={"help": "Use so many test questions."})
     methods: list[str] = field(
         default_factory=lambda: ["sft", "reft"], metadata={"help": "What to compare.", "choices": list(METHODS)}
     )
@@ -90,18 +86,10 @@ class ScriptArguments:
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    settings = as_settings(script_args.dataset_kwargs)
-    if Path(script_args.dataset).suffix and script_args.test_dataset is None:
-        raise ValueError(f"dataset={script_args.dataset!r} is one file: name another to test on, --test_dataset.")
     if script_args.rerank and not script_args.num_votes:
         raise ValueError("rerank chooses among sampled answers, and num_votes=0 samples none: give their number.")
     check_stages(training_args, model_args)
-    train = load_questions(script_args.dataset, "train", **settings)
-    test = load_questions(script_args.test_dataset or script_args.dataset, "test", **settings)
-    train, test = (
-        prompt_completion(rows.select(range(min(most or len(rows), len(rows)))), script_args.style)
-        for rows, most in ((train, script_args.num_train), (test, script_args.num_test))
-    )
+    train, test = (prompt_completion(script_args.load(split), script_args.style) for split in ("train", "test"))
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
     sft_settings = {
@@ -132,13 +120,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             model = sft(model, concatenate_datasets([given, right]), folder, epochs=1, learning_rate=st_rate)
 
     def reft(folder, partial_reward=script_args.partial_reward, **changes):
-        args = copy.copy(training_args)
-        for name, value in {"output_dir": str(folder), **changes}.items():
-            setattr(args, name, value)
         trainer = AgentPPOTrainer(
             str(warm),
             reward_funcs=replace(grading, partial=partial_reward).reward,
-            args=args,
+            args=stage_arguments(training_args, folder, **changes),
             train_dataset=train.select_columns(["prompt", "answer"]),
             processing_class=AutoTokenizer.from_pretrained(warm, padding_side="left"),
         )
@@ -165,7 +150,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     stages = Stages(
         output_dir,
         model=model_args.model_name_or_path,
-        data=[script_args.dataset, settings, script_args.num_train, script_args.style],
+        data=[script_args.dataset, script_args.question_settings, script_args.num_train, script_args.style],
         seed=training_args.seed,
     )
     start = model_args.model_name_or_path or stages.run(
@@ -210,7 +195,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         )
         for measure, values in correct.items():
             accuracy.setdefault(measure, {})[name] = interval(values)
-    report_stages(output_dir, accuracy, f"{len(test)} test questions", folders=folders.values())
+    report_stages(output_dir, accuracy, f"{len(test)} test questions", folders=folders.values(), push=training_args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ learns from nothing, on preferences whose true utility is known: what the score 
 done is not trained again. recipes/README.md says what to expect.
 """
 
-import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from trl import ModelConfig
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_stages, parse_arguments, trainer_settings
+from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
 from trl_agents.stages import last_checkpoint
@@ -72,8 +71,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
 
     trained = {"sft": sft}
     for name in script_args.methods:
-        args = copy.copy(training_args)
-        args.output_dir, args.value_head_init = str(output_dir / name), str(judge)
+        args = stage_arguments(training_args, output_dir / name, value_head_init=str(judge))
         args.reward_weights = [1.0] + [0.0] * (len(rewards) - 1)  # the true utility is looked at, not trained on
         if name == "ppo_no_kl":
             args.beta, args.max_steps = NO_KL, script_args.no_kl_steps or args.max_steps
@@ -96,6 +94,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         label="mean",
         shares=False,
         more={"curves": curves},
+        push=training_args,
     )
     if training_args.process_index == 0:
         before = {measure: table[measure]["sft"].mean for measure in rewards}

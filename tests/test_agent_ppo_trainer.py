@@ -376,7 +376,7 @@ def loop_over(trainer, trajectory, by_turn):
 def test_credit_agrees_with_a_loop_over_random_episodes(make_trainer, context, level):
     luck = random.Random(3)
     words = ["".join(luck.choice("abc?") for _ in range(6)) for _ in range(16)]
-    words[5] = "ax" + words[5]
+    words[5] = "ax" * 6  # begun six times
     settings = {"discount": 0.9, "gae_lambda": 0.8, "beta": 0.3, "max_turns": 4, "invalid_action_penalty": -0.7}
     trainer = make_trainer(
         acts(*words),

@@ -142,18 +142,25 @@ def test_too_many(monkeypatch):
         arithmetic_problems(9000, **settings)
 
 
-def test_solutions_that_skip_steps():
+@pytest.mark.parametrize("announced", [False, True])
+def test_solutions_that_skip_steps(announced):
     """The same problems; of about as many as asked, only the last step is written down, and it is right."""
     whole = list(arithmetic_problems(300, seed=5, min_steps=2, max_steps=4))
-    skipped = list(arithmetic_problems(300, seed=5, min_steps=2, max_steps=4, skipping=0.4))
+    skipped = list(arithmetic_problems(300, seed=5, min_steps=2, max_steps=4, skipping=0.4, announced=announced))
+    opening, comment = ("In the end, ", "    # the last step\n") if announced else ("", "")
     n_short = 0
     for row, short in zip(whole, skipped, strict=True):
         assert (row["question"], row["answer"]) == (short["question"], short["answer"])
         assert str(run(short["program"])()) == row["answer"]
+        assert "#" not in row["program"] and not row["rationale"].startswith("In the end")
         if short["rationale"] != row["rationale"]:
             n_short += 1
-            assert short["rationale"] == row["rationale"].splitlines()[-1]
-            assert len(short["program"].splitlines()) < len(row["program"].splitlines())
+            assert short["rationale"] == opening + row["rationale"].splitlines()[-1]
+            assert comment in short["program"] and ("#" in short["program"]) == announced
+            assert len(short["program"].replace(comment, "").splitlines()) < len(row["program"].splitlines())
     assert 90 < n_short < 150
+
+
+def test_no_share():
     with pytest.raises(ValueError, match="`skipping`"):
         arithmetic_problems(3, skipping=1.5)

@@ -16,7 +16,6 @@ from trl_agents.trainers import checks
 MISTAKES = {
     "unknown id": ("trl_agents/Bandid-v0", {}, {}, "Bandid-v0.*trl_agents/Bandit-v0"),
     "environment's argument": (Bandit, {"env_kwargs": {"horizon": 0}}, {}, "horizon=0"),
-    "no legal actions": (Pay, {"env_kwargs": {"actions": ""}}, {}, "invalid_action='random' needs legal actions"),
     "unreachable action": (Pay, {}, {"action_parser": ActionParser(r"ACTION=(\d)")}, "No pattern can produce"),
     "setting": (Pay, {"repetition_penalty": 1.1}, {}, "repetition_penalty=1.1"),
     "weights": (Pay, {"reward_weights": [1.0]}, {"reward_funcs": [len, len]}, "for 2 reward functions"),
@@ -55,6 +54,11 @@ def test_configurations_that_cannot_be(tmp_path, settings, message):
 def test_check_run_wants_our_configuration(tmp_path):
     with pytest.raises(ValueError, match="`GRPOConfig`.*`AgentGRPOConfig`"):
         check_run(Pay, GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_without_legal_actions_an_invalid_reply_ends_the_episode(tmp_path):
+    with pytest.warns(UserWarning, match="Pay lists no .*'end' or 'retry'"):
+        check_run(Pay, make_config(tmp_path / "out", env_kwargs={"actions": ""}))
 
 
 def test_check_run_lets_pass_what_trains(tmp_path):

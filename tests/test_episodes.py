@@ -30,7 +30,8 @@ from trl_agents.questions import answer_questions
 from trl_agents.rollout.generation import Reply
 from trl_agents.rollout.play import Episode, Player, Rules
 from trl_agents.rollout.workers import EnvPool
-from trl_agents.tiny import plain_rationale, play_transcripts, put_into_words, tiny_model, tiny_tokenizer
+from trl_agents.tiny import tiny_model, tiny_tokenizer
+from trl_agents.transcripts import plain_rationale, play_transcripts, put_into_words
 from trl_agents.types import InvalidReason, ParsedAction, StopReason, Trajectory, Turn
 
 

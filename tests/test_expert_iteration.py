@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import yaml
-from test_recipes import RECIPES, ROOT, recipe, run
-from trl import ModelConfig, SFTConfig, TrlParser
+from recipe_runs import RECIPES, ROOT, parse, recipe, run
 
 from trl_agents.agents import RandomAgent, UCBAgent
 from trl_agents.episodes import best_episodes, log_episodes, read_episodes, write_episodes
 from trl_agents.evaluation import play_agents
-from trl_agents.tiny import put_into_words
+from trl_agents.transcripts import put_into_words
 
 
 CONFIGS = sorted((RECIPES / "configs").glob("expert_iteration_*.yaml"))  # the tiny one is the last
@@ -23,14 +22,10 @@ SMALL = ["--env_kwargs", json.dumps(BANDIT), "--num_transcripts", 60, "--num_eva
 SMALL += ["--num_samples", 4, "--rounds", 2, "--keep_share", 0.5, "--num_train_epochs", 1, "--disable_tqdm", "true"]
 
 
-def parse(*arguments):
-    parser = TrlParser((recipe("expert_iteration").ScriptArguments, SFTConfig, ModelConfig))
-    return parser.parse_args_and_config([*map(str, arguments), "--bf16", "false"])
-
-
 def run_here(*arguments, config=CONFIGS[-1]):
     """Without a process of its own, whose start takes longer than all the rest."""
-    recipe("expert_iteration").main(*parse("--config", config, *arguments))
+    module = recipe("expert_iteration")
+    module.main(*parse(module, config, *arguments))
 
 
 def table_of(folder):
@@ -39,7 +34,7 @@ def table_of(folder):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[config.stem for config in CONFIGS])
 def test_every_line_of_a_config_has_an_effect(config, tmp_path):
-    parsed = parse("--config", config, "--output_dir", tmp_path)
+    parsed = parse(recipe("expert_iteration"), config, "--output_dir", tmp_path)
     for key, value in yaml.safe_load(config.read_text()).items():
         found = [getattr(args, key) for args in parsed if hasattr(args, key)]
         assert key in ("output_dir", "bf16", "report_to") or value in found, key

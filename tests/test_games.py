@@ -11,7 +11,7 @@ from trl_agents import make_env
 from trl_agents.agents import MinimaxAgent, RandomAgent, play_episode
 from trl_agents.evaluation import interval, markdown_games, play_agents, play_opponents, summarize_games
 from trl_agents.plots import draw_game, plot_outcomes, plot_returns
-from trl_agents.tiny import board_rationale, play_transcripts
+from trl_agents.transcripts import board_rationale, play_transcripts
 from trl_agents.types import InvalidReason, ParsedAction, StopReason, Trajectory, Turn
 
 

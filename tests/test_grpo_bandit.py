@@ -1,7 +1,6 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """`recipes/grpo_bandit.py`: what it refuses before it writes anything; in two processes; when it is interrupted."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,10 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import recipe_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
-
-from trl_agents import AgentGRPOConfig
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,15 +22,11 @@ SMALL = ["--num_transcripts", "12", "--num_eval_episodes", "6", "--rollout_batch
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("grpo_bandit_for_tests", SCRIPT)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return recipe_runs.recipe("grpo_bandit")
 
 
 def arguments_of(recipe, *arguments):
-    parser = TrlParser((recipe.ScriptArguments, AgentGRPOConfig, ModelConfig))
-    return parser.parse_args_and_config(["--config", str(recipe.DEFAULT_CONFIG), "--use_cpu", *map(str, arguments)])
+    return recipe_runs.parse(recipe, recipe.DEFAULT_CONFIG, "--use_cpu", *arguments)
 
 
 MISTAKES = {

@@ -28,22 +28,23 @@ LICENSE_LINE = "# Licensed under the Apache License, Version 2.0 (see LICENSE)."
 # Lowest level first. A module imports lower levels, and its neighbours of the same line.
 LAYERS = [
     (0, ["types"]),
-    (1, ["envs", "agents", "actions", "contexts", "rewards"]),  # text: no torch
+    (1, ["envs", "agents", "actions", "contexts", "exploration", "experts", "rewards"]),  # text: no torch
     (1, ["returns", "advantages", "losses"]),  # tensors: torch only
     (2, ["rollout"]),
     (2, ["batch"]),
     (2, ["value_head"]),
     (2, ["data", "arithmetic", "preferences"]),
+    (2, ["transcripts"]),
+    (2, ["page", "viewer", "charts"]),
+    (2, ["hub"]),
     (3, ["_trl"]),
-    (3, ["evaluation", "episodes"]),
+    (3, ["evaluation", "episodes", "expert_data", "plots"]),
     (3, ["questions", "preference_eval", "r1"]),
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
-    (4, ["tiny", "stages", "sft", "reward_model"]),
-    (4, ["recipe"]),
-    (4, ["plots", "report"]),
-    (4, ["diagnostics"]),
-    (5, ["cli"]),
+    (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf"]),
+    (4, ["report", "diagnostics"]),
+    (5, ["cli", "__main__"]),
 ]
 PLACES = {unit: (level, line) for line, (level, units) in enumerate(LAYERS) for unit in units}
 TEXT, TENSORS = LAYERS[1][1], LAYERS[2][1]

@@ -3,14 +3,10 @@
 
 import dataclasses
 import functools
-import itertools
-import math
-import random
 import re
 import threading
 import time
 
-import numpy as np
 import pytest
 from scripted_rollout import Scripted, Steps, bandit, go, ids_of, one_by_one, play, seeds, text_of, tokenizer
 
@@ -18,7 +14,8 @@ from trl_agents.actions import ActionParser
 from trl_agents.contexts import Briefing, ChatContext, WindowContext
 from trl_agents.envs.tictactoe import TicTacToe
 from trl_agents.rollout.generation import Sampling, SlotBackend
-from trl_agents.rollout.play import Episode, Player, Rules, _Bar
+from trl_agents.rollout.play import Episode, Player, Rules
+from trl_agents.rollout.progress import Bar
 from trl_agents.rollout.workers import EnvPool
 from trl_agents.tiny import tiny_model
 from trl_agents.types import InvalidReason, ParsedAction, StopReason, Turn
@@ -241,15 +238,16 @@ class TestWithoutLegalActions:
         assert [turn.executed for turn in trajectory.turns] == ["open the door", "look"]
 
     def test_random_has_nothing_to_choose_from(self):
-        with pytest.raises(ValueError, match="invalid_action='random' needs legal actions"):
-            play(NoActions, lambda prompt: "?", [Episode(2)])
+        (trajectory,) = play(NoActions, one_by_one("ACTION=look", "?"), [Episode(3)])
+        assert trajectory.stop is StopReason.INVALID_ACTION
+        assert [turn.executed for turn in trajectory.turns] == ["look", None]
 
     def test_an_environment_that_falls_silent_is_at_fault(self):
         class Silent(NoActions):
             silent_from = 1
 
-        (trajectory,) = play(Silent, one_by_one("ACTION=go", "?"), [Episode(3)])
-        assert trajectory.stop is StopReason.ENV_ERROR and "no 'legal_actions'" in trajectory.error
+        (trajectory,) = play(Silent, one_by_one(*["ACTION=go", "?"] * 6), [Episode(3)])  # begun six times
+        assert trajectory.stop is StopReason.ENV_ERROR and "lists no 'legal_actions'" in trajectory.error
 
     def test_retry(self):
         (trajectory,) = play(NoActions, one_by_one("?", "ACTION=go"), [Episode(1)], invalid_action="retry")
@@ -471,369 +469,6 @@ class TestPlaces:
         assert backend.first == [0, 1, 2, 3, 4, 5]
 
 
-class Nonce:
-    """Wants back what it said last, and says something else each time. Answers after a random delay."""
-
-    instructions = "Say it."
-    history_header = question = ""
-    delay = 0.004
-
-    def reset(self, *, seed=None, options=None):
-        self.rng = random.Random(seed)
-        self.left = 2 + seed % 4
-        return self._say()
-
-    def _say(self):
-        time.sleep(self.rng.random() * self.delay)
-        self.word = f"w{self.rng.randrange(10**6):06d}"
-        return f"say {self.word}", {"legal_actions": [self.word, "never"]}
-
-    def step(self, action):
-        reward = 1.0 if action == self.word else -1.0
-        self.left -= 1
-        observation, info = self._say()
-        return observation, reward, self.left == 0, False, info
-
-    def close(self):
-        pass
-
-
-def echo(prompt):
-    return f"ACTION={prompt.rpartition('say ')[2][:7]}"
-
-
-def check_nonce(trajectories, lost=()):
-    """All words came back to where they were said."""
-    for number, trajectory in enumerate(trajectories):
-        if number in lost:
-            assert trajectory.stop.is_fault
-            continue
-        assert trajectory.stop is StopReason.TERMINATED
-        env = Nonce()
-        said = env.reset(seed=trajectory.seed)[0]
-        assert len(trajectory.turns) == env.left
-        for turn in trajectory.turns:
-            assert (turn.observation, turn.parsed.is_valid, turn.reward) == (said, True, 1.0)
-            said = env.step(turn.executed)[0]
-        assert trajectory.final_observation == said
-
-
-class TestAnswersGoWhereTheyBelong:
-    @pytest.mark.parametrize("context", [ChatContext, WindowContext])
-    def test_with_random_delays(self, context):
-        check_nonce(play(Nonce, echo, seeds(30), n_slots=8, context=context))
-
-    def test_with_faults_among_them(self):
-        class Moody(Nonce):
-            def step(self, action):
-                if self.rng.random() < 0.05:
-                    raise RuntimeError("bad mood")
-                return super().step(action)
-
-        trajectories = play(Moody, echo, seeds(30), n_slots=8)
-        lost = [number for number, trajectory in enumerate(trajectories) if trajectory.stop.is_fault]
-        assert 0 < len(lost) < 30
-        for number, trajectory in enumerate(trajectories):
-            if number not in lost:
-                assert [turn.reward for turn in trajectory.turns] == [1.0] * len(trajectory.turns)
-
-    def test_a_late_answer_shifts_nothing(self):
-        """The first environment hangs; it comes back in the middle of a later episode, in the same place."""
-        hang, came_back = threading.Event(), threading.Event()
-
-        class Hanging(Nonce):
-            def reset(self, *, seed=None, options=None):
-                self.seed = seed
-                return super().reset(seed=seed)
-
-            def step(self, action):
-                if self.seed == 1:
-                    assert hang.wait(20)
-                    came_back.set()
-                    return "say w000000", 100.0, False, False, {"legal_actions": ["w000000"]}
-                return super().step(action)
-
-        class Releasing(Scripted):
-            def step(self):
-                if len(self.asked) == 3:
-                    hang.set()
-                    assert came_back.wait(20)
-                    time.sleep(0.01)  # its answer is in the queue now
-                return super().step()
-
-        trajectories = play(Hanging, Releasing(echo), [Episode(1), Episode(2), Episode(3)], timeout=0.5)
-        assert trajectories[0].stop is StopReason.ENV_TIMEOUT
-        assert trajectories[0].error == "no answer within 0.5 s"
-        check_nonce(trajectories, lost=[0])
-
-    @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
-    def test_after_an_interruption(self, interruption):
-        """A pool is used again: what it owes to the rollout that was broken off must not reach the next."""
-        gate = threading.Event()
-
-        class Gated(Nonce):
-            def reset(self, *, seed=None, options=None):
-                self.seed = seed
-                return super().reset(seed=seed)
-
-            def step(self, action):
-                assert self.seed != 2 or gate.wait(20)
-                return super().step(action)
-
-        class Interrupted(Scripted):
-            def step(self):
-                if len(self.asked) >= 8:
-                    raise interruption
-                return super().step()
-
-        pool = EnvPool(Gated, 4, timeout=20)
-        with pytest.raises(interruption):
-            play(None, Interrupted(echo), seeds(12), pool=pool)  # in the place of the third, a question is open
-        gate.set()
-        check_nonce(play(None, echo, seeds(12), pool=pool))
-        pool.close()
-
-
-def failing(at, error):
-    """Steps, of which one with the seed 3 fails."""
-
-    class Failing(Steps):
-        def reset(self, *, seed=None, options=None):
-            self.seed = seed
-            if at == "reset" and seed == 3:
-                raise error
-            return super().reset(seed=seed)
-
-        def step(self, action):
-            if at == "step" and self.seed == 3 and self.left == 2:
-                raise error
-            return super().step(action)
-
-    return Failing
-
-
-class Unprintable(Exception):
-    def __str__(self):
-        raise RuntimeError
-
-
-class TestFaults:
-    @pytest.mark.parametrize("at", ["reset", "step"])
-    @pytest.mark.parametrize("error", [RuntimeError("no disk"), SystemExit(3), KeyboardInterrupt(), Unprintable()])
-    def test_one_of_eight_fails(self, at, error):
-        made = []
-
-        class Counted(failing(at, error)):
-            def __init__(self):
-                made.append(self)
-
-        pool = EnvPool(Counted, 8, timeout=20)
-        player = Player(
-            pool, Scripted(go), ChatContext(tokenizer()), ActionParser(), Briefing("Play."), Rules(), patience=10.0
-        )
-        trajectories, _ = player.play([Episode(seed) for seed in (1, 2, 3, 4, 5, 6, 7, 8, 2)])
-        pool.close()
-        assert [trajectory.stop.is_fault for trajectory in trajectories] == [seed == 3 for seed in range(1, 10)]
-        lost = trajectories[2]
-        assert lost.stop is StopReason.ENV_ERROR
-        assert type(error).__name__ in lost.error
-        if isinstance(error, RuntimeError):
-            assert lost.error == "RuntimeError: no disk"
-        assert [len(trajectory.turns) for trajectory in trajectories] == [1, 2, int(at == "step"), 4, 5, 6, 7, 8, 2]
-        # The ninth episode is played in the first place that is free: one that failed needs a new environment
-        assert len(made) == 8 + (at == "reset")
-
-    @pytest.mark.parametrize(
-        ("answer", "error"),
-        [
-            (("ok", math.nan, False, False, {}), "reward nan"),
-            (("ok", math.inf, False, False, {}), "reward inf"),
-            (("ok", None, False, False, {}), "TypeError"),
-            (("ok", "much", False, False, {}), "ValueError"),
-            ((None, 1.0, False, False, {}), "observation of type NoneType, not str"),
-            ((b"ok", 1.0, False, False, {}), "observation of type bytes, not str"),
-            (("ok", 1.0, False, {}), "unpack"),
-            (None, "unpack"),
-            (("ok", 1.0, False, False, None), "info of type NoneType, not dict"),
-            (("ok", 1.0, np.zeros(2), False, {}), "ambiguous"),
-            (("ok", 1.0, False, False, {"legal_actions": [0, 1]}), r"legal_actions=\[0, 1\], not a list of str"),
-            (("ok", 1.0, False, False, {"legal_actions": "go"}), "legal_actions='go', not a list of str"),
-            (("ok", 1.0, False, False, {"transition": 7}), "transition=7, not str"),
-        ],
-    )
-    def test_malformed_answers(self, answer, error):
-        class Malformed(Steps):
-            def step(self, action):
-                return answer if self.left == 7 else super().step(action)
-
-        trajectories = play(Malformed, go, [Episode(7), Episode(2)], n_slots=2)
-        assert trajectories[0].stop is StopReason.ENV_ERROR and trajectories[0].turns == ()
-        assert re.search(error, trajectories[0].error)
-        assert trajectories[1].stop is StopReason.TERMINATED
-
-    @pytest.mark.parametrize("answer", ["ok", ("ok",), (1, {}), ("ok", {"instructions": 1}), ("ok", None)])
-    def test_malformed_resets(self, answer):
-        class Malformed(Steps):
-            def reset(self, *, seed=None, options=None):
-                return answer if seed == 7 else super().reset(seed=seed)
-
-        trajectories = play(Malformed, go, [Episode(7), Episode(2)])
-        assert [trajectory.stop for trajectory in trajectories] == [StopReason.ENV_ERROR, StopReason.TERMINATED]
-
-    def test_values_of_numpy_are_welcome(self):
-        class Numbers(Steps):
-            def step(self, action):
-                observation, reward, terminated, truncated, info = super().step(action)
-                return observation, np.float32(reward), np.bool_(terminated), np.bool_(truncated), info
-
-        (trajectory,) = play(Numbers, go, [Episode(2)])
-        assert trajectory.stop is StopReason.TERMINATED
-        assert [type(turn.reward) for turn in trajectory.turns] == [float, float]
-
-    def test_the_past_stands_as_it_was(self):
-        """An environment that goes on changing what it handed out."""
-
-        class Changing(Steps):
-            def reset(self, *, seed=None, options=None):
-                self.info = {"legal_actions": ["go", "stop"], "n": 0}
-                return super().reset(seed=seed)[0], self.info
-
-            def step(self, action):
-                self.info["n"] += 1
-                self.info["legal_actions"].append("more")
-                return *super().step(action)[:4], self.info
-
-        (trajectory,) = play(Changing, go, [Episode(3)])
-        assert [turn.info["n"] for turn in trajectory.turns] == [1, 2, 3]
-        assert [len(turn.info["legal_actions"]) for turn in trajectory.turns] == [3, 4, 5]
-        assert trajectory.reset_info == {"legal_actions": ["go", "stop"], "n": 0}
-
-    def test_a_factory_that_fails(self):
-        attempts = itertools.count()
-
-        def factory():
-            if next(attempts) % 2:  # the first is for the player's briefing
-                raise OSError("no licence")
-            return Steps()
-
-        trajectories = play(factory, go, [Episode(2)] * 3)
-        assert [trajectory.stop for trajectory in trajectories] == [
-            StopReason.ENV_ERROR,
-            StopReason.TERMINATED,
-            StopReason.TERMINATED,
-        ]
-        assert trajectories[0].error == "OSError: no licence"
-
-    def test_all_hang(self):
-        release = threading.Event()
-
-        class Hanging(Steps):
-            def reset(self, *, seed=None, options=None):
-                release.wait(20)
-                return super().reset(seed=seed)
-
-        trajectories = play(Hanging, go, [Episode(1)] * 3, n_slots=3, timeout=0.05)
-        release.set()
-        assert [trajectory.stop for trajectory in trajectories] == [StopReason.ENV_TIMEOUT] * 3
-        assert all(trajectory.env_seconds >= 0.05 for trajectory in trajectories)
-
-    def test_a_timeout_counts_from_each_question(self):
-        class Steady(Steps):
-            def step(self, action):
-                time.sleep(0.03)
-                return super().step(action)
-
-        trajectories = play(Steady, go, [Episode(24)] * 2, n_slots=2, timeout=0.6)
-        assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 2
-
-    def test_slow_decoding_is_no_timeout(self):
-        """The answer is there, only nobody has looked."""
-
-        class Busy(EnvPool):
-            def _ask(self, *question):
-                super()._ask(*question)
-                time.sleep(0.3)
-
-        pool = Busy(Steps, 1, timeout=0.2)
-        (trajectory,) = play(None, go, [Episode(2)], pool=pool)
-        pool.close()
-        assert trajectory.stop is StopReason.TERMINATED
-
-    def test_misuse(self):
-        with pytest.raises(ValueError, match="timeout=0"):
-            EnvPool(Steps, 1, timeout=0)
-
-
-def env_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("trl-agents-env")]
-
-
-class TestEnvPool:
-    def test_closing_leaves_nothing(self):
-        closed = []
-
-        class Closing(Steps):
-            def close(self):
-                closed.append(threading.current_thread().name)
-                raise RuntimeError("cannot close")
-
-        before = env_threads()
-        pool = EnvPool(Closing, 4)
-        play(None, go, [Episode(2)] * 6, pool=pool)
-        assert len(env_threads()) == len(before) + 4
-        pool.close()
-        assert env_threads() == before
-        assert sorted(closed) == [f"trl-agents-env-{slot}" for slot in range(4)]  # each where it was made
-        pool.close()
-        # And it may be used again
-        assert len(play(None, go, [Episode(2)], pool=pool)) == 1
-        pool.close()
-        assert env_threads() == before
-
-    def test_closing_does_not_wait_for_one_that_hangs(self):
-        release = threading.Event()
-
-        class Hanging(Steps):
-            def reset(self, *, seed=None, options=None):
-                release.wait(60)
-                return super().reset(seed=seed)
-
-        pool = EnvPool(Hanging, 2)
-        pool.reset(0, 1)
-        started = time.perf_counter()
-        pool.close()
-        assert time.perf_counter() - started < 5
-        release.set()
-
-    def test_patience_is_spent_once(self):
-        """A slow environment must not slow down every decoding step of the others."""
-        release = threading.Event()
-
-        class Slow(Steps):
-            def reset(self, *, seed=None, options=None):
-                release.wait(20)
-                return super().reset(seed=seed)
-
-        pool = EnvPool(Slow, 1)
-        pool.reset(0, 1)
-        started = time.perf_counter()
-        for _ in range(20):
-            assert pool.collect(0.05, block=False) == []
-        assert 0.05 <= time.perf_counter() - started < 0.5
-        release.set()
-        (reply,) = pool.collect(0.05, block=True)
-        assert reply.observation == "1 to go"
-        assert pool.collect(0.05, block=True) == []  # nothing is outstanding
-        pool.close()
-
-    def test_answers_come_in_the_order_of_the_slots(self):
-        pool = EnvPool(Nonce, 6)
-        for slot in (3, 5, 0, 1, 4, 2):
-            pool.reset(slot, slot)
-        assert [reply.slot for reply in pool.collect(20.0, block=True)] == [0, 1, 2, 3, 4, 5]
-        pool.close()
-
-
 class TestReproducibility:
     def play(self, n_slots, episodes, **kwargs):
         model = self.model()
@@ -872,7 +507,7 @@ class TestReproducibility:
     def test_the_progress_bar(self, capsys):
         self.play(2, seeds(3), progress=True, description="Playing")
         assert re.search(r"Playing: +0%.* 0/3 ", capsys.readouterr().err)
-        with _Bar(2, True, "Playing") as bar:
+        with Bar(2, True, "Playing") as bar:
             bar.bar.mininterval = 0  # it is drawn ten times a second at most
             bar.turn(ParsedAction("go"))
             assert "turns=1, valid=100%" in capsys.readouterr().err  # before any episode has ended

@@ -2,19 +2,15 @@
 """R1: its texts, what counts as right and well-formed, and the recipe as a user runs it."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from recipe_runs import parse, recipe, run
 from safetensors.torch import load_file
-from trl import ModelConfig, TrlParser
 
-from trl_agents import AgentGRPOConfig, questions, r1
+from trl_agents import questions, r1
 from trl_agents.arithmetic import arithmetic_problems
 from trl_agents.r1 import (
     INSTRUCTIONS,
@@ -30,7 +26,6 @@ from trl_agents.rewards import Grading, think_answer_format_reward
 from trl_agents.tiny import tiny_tokenizer
 
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "r1.py"
 PROBLEMS = arithmetic_problems(400, max_value=20, operations="+-")
 
 
@@ -157,31 +152,13 @@ SMALL += ["--logging_steps", 1, "--cold_rows", 8, "--cold_epochs", 1, "--num_vot
 STAGES = ["base", "zero", "cold_start", "rl", "rejection", "rl_2"]
 
 
-def recipe():
-    spec = importlib.util.spec_from_file_location("r1_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["r1_recipe"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def settings_of(module, *arguments):
-    parser = TrlParser((module.ScriptArguments, AgentGRPOConfig, ModelConfig))
-    return parser.parse_args_and_config(["--config", str(module.DEFAULT_CONFIG), *map(str, arguments)])
-
-
-def run(*arguments):
-    command = [sys.executable, str(RECIPE), *map(str, arguments)]
-    return subprocess.run(command, cwd=RECIPE.parent.parent, capture_output=True, text=True, timeout=300)
-
-
 def right_and_formed(dataset, n):
     """What the rejection sampling of a model too small to be right would find, if it were."""
     return [[completion] * n for completion in dataset["completion"]]
 
 
 def test_all_stages_and_again(tmp_path, monkeypatch):
-    module = recipe()
+    module = recipe("r1")
     # A model of two epochs gets nothing right: its answers in this one stage are the given ones
     sampler = module.self_training_rows
 
@@ -191,7 +168,7 @@ def test_all_stages_and_again(tmp_path, monkeypatch):
             return sampler(model, tokenizer, dataset, grading, n=n, **kwargs)
 
     monkeypatch.setattr(module, "self_training_rows", lucky)
-    module.main(*settings_of(module, "--output_dir", tmp_path, *SMALL))
+    module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, *SMALL))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics) == ["greedy", "pass@1", "vote@2", "format"]
     for values in metrics.values():
@@ -205,7 +182,7 @@ def test_all_stages_and_again(tmp_path, monkeypatch):
 
     # The script itself finds the stages done, and measures the same
     times = {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
-    again = run("--output_dir", tmp_path, *SMALL)
+    again = run("r1.py", "--output_dir", tmp_path, *SMALL)
     assert again.returncode == 0, again.stderr[-3000:]
     assert times == {path: path.stat().st_mtime for path in times} and len(times) == len(STAGES)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
@@ -214,7 +191,7 @@ def test_all_stages_and_again(tmp_path, monkeypatch):
     # A stage refuses other settings, those of an earlier stage among them
     for changed, said in ((["--beta", 0.5], "beta 0.001, now 0.5"), (["--cold_rows", 9], "cold")):
         with pytest.raises(ValueError, match=said):
-            module.main(*settings_of(module, "--output_dir", tmp_path, *SMALL, *changed))
+            module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, *SMALL, *changed))
 
 
 def some_reward(completions, **kwargs):
@@ -223,18 +200,18 @@ def some_reward(completions, **kwargs):
 
 
 def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch):
-    module = recipe()
+    module = recipe("r1")
     monkeypatch.setattr(module, "think_answer_format_reward", some_reward)
     more = [*SMALL, "--methods", "zero", "--max_steps", 4, "--steps_per_generation", 2, "--save_steps", 2]
     more += ["--save_total_limit", 2, "--learning_rate", 0.01]
-    module.main(*settings_of(module, "--output_dir", tmp_path, *more))
+    module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, *more))
     zero = tmp_path / "zero"
     halfway = json.loads((zero / "checkpoint-2" / "trainer_state.json").read_text())
     # As if it had been stopped after the second update
     for name in ("stage.json", "model.safetensors"):
         (zero / name).unlink()
     shutil.rmtree(zero / "checkpoint-4")
-    module.main(*settings_of(module, "--output_dir", tmp_path, *more))
+    module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, *more))
     state = json.loads((zero / "checkpoint-4" / "trainer_state.json").read_text())
     n_before = len(halfway["log_history"])  # with the seconds that each update took, which never come again
     assert n_before >= 2 and state["log_history"][:n_before] == halfway["log_history"], "it began anew"
@@ -257,24 +234,24 @@ def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_are_told_first(tmp_path, arguments, said):
-    module = recipe()
+    module = recipe("r1")
     with pytest.raises(ValueError, match=said):
-        module.main(*settings_of(module, "--output_dir", tmp_path / "out", *arguments))
+        module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path / "out", *arguments))
     assert not (tmp_path / "out").exists(), "something was written before the error"
 
 
 def test_help_names_the_options():
-    result = run("--help")
+    result = run("r1.py", "--help")
     assert result.returncode == 0, result.stderr
-    for field in dataclasses.fields(recipe().ScriptArguments):
+    for field in dataclasses.fields(recipe("r1").ScriptArguments):
         assert f"--{field.name}" in result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_tiny_recipe_learns(tmp_path):
-    module = recipe()
-    module.main(*settings_of(module, "--output_dir", tmp_path, "--disable_tqdm", "true"))
+    module = recipe("r1")
+    module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, "--disable_tqdm", "true"))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     base, zero, last = (
         {name: values[stage] for name, values in metrics.items()} for stage in ("base", "zero", "rl_2")

@@ -2,54 +2,23 @@
 """The recipes as a user runs them: every YAML parses, the default runs and writes what it promises."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
+from recipe_runs import CONFIGS, RECIPES, ROOT, parse, recipe, run
+from trl import ModelConfig
 
-from trl_agents import AgentGRPOConfig, AgentPPOConfig
+from trl_agents import AgentGRPOConfig
 
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
-CONFIGS = {
-    "grpo_bandit": AgentGRPOConfig,
-    "ppo_tictactoe": AgentPPOConfig,
-    "reft": AgentPPOConfig,
-    "rlhf": AgentPPOConfig,
-    "dpo": DPOConfig,
-    "r1": AgentGRPOConfig,
-    "expert_iteration": SFTConfig,
-}
 OPPONENTS = ("random", "noisy", "optimal")
 SEATS = ("first", "second")
 MODEL_KEYS = {field.name for field in dataclasses.fields(ModelConfig)}
 PLAYERS = {"random", "ucb", "thompson", "before", "after"}
-
-
-def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(script: str, *arguments: str, timeout: int = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-
-
-def parse(module, config: Path, *arguments: str):
-    parser = TrlParser((module.ScriptArguments, CONFIGS[module.__name__], ModelConfig))
-    # bf16 needs a GPU to be accepted on some machines; whether it is there is not what is tested
-    return parser.parse_args_and_config(["--config", str(config), "--bf16", "false", *arguments])
 
 
 def configs_of(*names: str):

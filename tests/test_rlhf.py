@@ -2,24 +2,18 @@
 """RLHF and DPO as a user runs them, with everything small: stages, figures, pictures, and mistakes told first."""
 
 import dataclasses
-import importlib.util
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import recipe_runs
 import yaml
-from trl import DPOConfig, ModelConfig, TrlParser
+from recipe_runs import RECIPES, parse, recipe
 
-from trl_agents import AgentPPOConfig
 from trl_agents.preferences import PreferenceArguments
 
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / "recipes"
-CONFIGS = {"rlhf": AgentPPOConfig, "dpo": DPOConfig}
+NAMES = ("rlhf", "dpo")
 DATA = ["--dataset_kwargs", '{"n": 24}', "--num_test", 5, "--sft_epochs", 2, "--sft_batch_size", 8]
 DATA += ["--rm_batch_size", 8, "--disable_tqdm", "true", "--logging_steps", 1]
 SMALL = {
@@ -29,25 +23,11 @@ SMALL = {
 MEASURES = ["proxy reward", "true utility", "kl", "words"]
 
 
-def recipe(name: str):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def run(name: str, *arguments, small: bool = True):
+    return recipe_runs.run(f"{name}.py", *(SMALL[name] if small else []), *arguments, timeout=3000)
 
 
-def run(name: str, *arguments, small: bool = True) -> subprocess.CompletedProcess:
-    command = [sys.executable, RECIPES / f"{name}.py", *(SMALL[name] if small else []), *arguments]
-    return subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=3000)
-
-
-def parse(module, config: Path, *arguments: str):
-    parser = TrlParser((module.ScriptArguments, CONFIGS[module.__name__], ModelConfig))
-    return parser.parse_args_and_config(["--config", str(config), "--bf16", "false", *arguments])
-
-
-@pytest.mark.parametrize("config", sorted(path.stem for name in CONFIGS for path in RECIPES.glob(f"configs/{name}_*")))
+@pytest.mark.parametrize("config", sorted(path.stem for name in NAMES for path in RECIPES.glob(f"configs/{name}_*")))
 def test_every_config_parses(config, tmp_path):
     path = RECIPES / "configs" / f"{config}.yaml"
     script_args, training_args, _ = parse(recipe(config.split("_")[0]), path, "--output_dir", str(tmp_path))
@@ -58,7 +38,7 @@ def test_every_config_parses(config, tmp_path):
 
 def test_both_recipes_begin_with_the_same_stages():
     shared = {field.name for field in dataclasses.fields(PreferenceArguments)}
-    tiny = [yaml.safe_load((RECIPES / "configs" / f"{name}_tiny.yaml").read_text()) for name in CONFIGS]
+    tiny = [yaml.safe_load((RECIPES / "configs" / f"{name}_tiny.yaml").read_text()) for name in NAMES]
     rlhf, dpo = ({key: value for key, value in given.items() if key in shared} for given in tiny)
     assert rlhf == dpo and "sft_epochs" in rlhf
 

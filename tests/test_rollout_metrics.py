@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from trl_agents.rollout.faults import Fault, FaultCounts
 from trl_agents.rollout.metrics import METRIC_NAMES, combine_metrics, coverage, regret, rollout_metrics
-from trl_agents.rollout.play import Clock
+from trl_agents.rollout.progress import Clock
 from trl_agents.types import InvalidReason, ParsedAction, StopReason, Trajectory, Turn
 
 
@@ -45,7 +46,10 @@ TRAJECTORIES = [
     episode(turn("red", 1000.0, 1000, regret=1000.0), stop=StopReason.ENV_ERROR),
     episode(turn("red", 1000.0, 1000, InvalidReason.ILLEGAL), stop=StopReason.ENV_TIMEOUT),
 ]
-CLOCK = Clock(wall=9.0, model=4.0, env=6.0, env_wait=3.0)
+FAULTS = FaultCounts(calls=20, retried=3, replaced=2)
+NONE = FaultCounts()
+FAULTS.kinds.update({Fault.CRASH: 5, Fault.TIMEOUT: 4})
+CLOCK = Clock(wall=9.0, model=4.0, env=6.0, env_wait=3.0, faults=FAULTS)
 
 
 def test_numbers_by_hand():
@@ -69,6 +73,13 @@ def test_numbers_by_hand():
             "agents/stop_invalid_action": 0.0,
             "agents/stop_env_error": 1 / 5,
             "agents/stop_env_timeout": 1 / 5,
+            "agents/fault_make": 0.0,
+            "agents/fault_crash": 5 / 20,
+            "agents/fault_malformed": 0.0,
+            "agents/fault_timeout": 4 / 20,
+            "agents/retried_share": 3 / 5,
+            "agents/replaced_share": 2 / 5,
+            "agents/lost_share": 2 / 5,
             "agents/forced_share": 1 / 6,
             "agents/tokens_per_turn": (3 + 2 + 1 + 4 + 2 + 6) / 6,
             "agents/env_seconds": 6.0,
@@ -82,7 +93,10 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("cut", [0, 1, 2, 4, 5])
 def test_processes_add_up(cut):
     """Sums over two processes give the metrics of one, also where one of them has nothing to report."""
-    parts = [rollout_metrics(part, CLOCK) for part in (TRAJECTORIES[:cut], TRAJECTORIES[cut:])]
+    parts = [
+        rollout_metrics(TRAJECTORIES[:cut], CLOCK),
+        rollout_metrics(TRAJECTORIES[cut:], replace(CLOCK, faults=NONE)),
+    ]
     assert [len(part) for part in parts] == [len(METRIC_NAMES)] * 2
     summed = [[a + b for a, b in zip(*pairs, strict=True)] for pairs in zip(*parts, strict=True)]
     assert combine_metrics(summed) == pytest.approx(combine_metrics(rollout_metrics(TRAJECTORIES, CLOCK)))

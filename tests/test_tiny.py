@@ -1,40 +1,14 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Transcripts for the warm-up: what `play_transcripts` takes for an environment."""
+"""The tokenizer made on the spot, and a model that knows nothing with it."""
 
 import functools
 
 import pytest
-from scripted import Pay
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_agents.agents import RandomAgent
 from trl_agents.envs import make_env
-from trl_agents.tiny import play_transcripts, tiny_tokenizer
-
-
-@pytest.mark.parametrize("env", ["trl_agents/Bandit-v0", Pay, lambda: Pay(horizon=2)], ids=["id", "class", "factory"])
-def test_an_environment_by_id_class_or_factory(env):
-    rows = play_transcripts(env, RandomAgent(), range(2))["messages"]
-    assert len(rows) == 2 and "ACTION=" in rows[0][1]["content"]
-
-
-def test_no_instances():
-    with pytest.raises(ValueError, match="an instance does not do"):
-        play_transcripts(Pay(), RandomAgent(), range(2))
-    assert "instance" not in play_transcripts.__doc__
-
-
-def test_a_window_shows_what_followed():
-    """The position alone, the reply, and, to learn from, the step as it went: the opening of the next row among it."""
-    env = functools.partial(make_env, "trl_agents/TicTacToe-v0", show_legal_actions=False)
-    rows = play_transcripts(env, RandomAgent(), range(3), rationale=None, context="window", window=0)["messages"][:]
-    assert all([message["role"] for message in row] == ["user", "assistant", "user"] for row in rows)
-    for row, following in zip(rows, rows[1:], strict=False):
-        asked, reply, then = (message["content"] for message in row)
-        action = reply.removeprefix("ACTION=")
-        assert asked.count("Step=") == 1 and f" Action={action} Reward=" in then
-        if "Result=" not in then:
-            opened = then.splitlines()[-1]
-            assert f"\n{opened}\n" in following[0]["content"]
+from trl_agents.tiny import save_tiny_start, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -54,3 +28,15 @@ def test_what_is_one_token(text, pieces):
 def test_standing_texts_are_one_token():
     tokenizer = tiny_tokenizer(["a b"], phrases=["You play. Well.", "Well."])
     assert len(tokenizer("You play. Well.")["input_ids"]) == len(tokenizer("Well.")["input_ids"]) == 1
+
+
+@pytest.mark.parametrize("form", [str, lambda text: [{"role": "user", "content": text}]], ids=["texts", "messages"])
+def test_a_start_for_texts_and_messages(tmp_path, form):
+    """Words of the dataset, the environments' instructions and other phrases are what the tokenizer knows."""
+    rows = Dataset.from_list([{"prompt": form("Which turnip?"), "completion": form("This turnip.")}] * 9)
+    env = functools.partial(make_env, "trl_agents/Bandit-v0", n_arms=3)
+    assert save_tiny_start(rows, tmp_path, 3, envs=[env], phrases=["Let me see. "]) == str(tmp_path)
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    for text in (" turnip", env().instructions, env().question, "Let me see. "):
+        assert len(tokenizer(text)["input_ids"]) == 1
+    assert len(tokenizer(" parsnip")["input_ids"]) > 1 and model.config.vocab_size == len(tokenizer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,8 @@ SEAM = {
     "_save": ("self", "output_dir", "state_dict"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_best_model": ("self",),
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
+    "_finish_current_push": ("self",),
 }
 # Likewise, of which only the first parameters are relied on.
 SEAM_PREFIXES = {
@@ -160,6 +162,13 @@ class RolloutGRPOTrainer(GRPOTrainer):
 
     def load_beside(self, folder: str) -> None:
         """Load what a checkpoint holds beside the model's weights."""
+
+    def push_checkpoint(self, checkpoint_folder: str, push: Callable[[str], None]) -> None:
+        """Push a checkpoint, if that is wanted, by `push(checkpoint_folder)`."""
+        push(checkpoint_folder)
+
+    def before_upload(self) -> None:
+        """Called when no push is in progress any more: in [`push_to_hub`] all is saved by then, and pushed next."""
 
     def transcript_rows(self, rollout: RolloutRows) -> dict[str, list[Any]]:
         """TRL's completions table with a line an episode of all processes: prompt, completion, reward, advantage."""
@@ -261,6 +270,13 @@ class RolloutGRPOTrainer(GRPOTrainer):
         with _keeping_dtypes(self.model):
             super()._load_best_model()
         self.load_beside(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self.push_checkpoint(checkpoint_folder, super()._push_from_checkpoint)
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        self.before_upload()
 
     def _correct_advantages(self, batch: dict[str, Any]) -> None:
         """The mean of each row's advantages in the place of TRL's own in the table of completions."""

@@ -2,8 +2,8 @@
 """
 Scripted players: baselines to compare a model with, experts to learn from, oracles for tests.
 
-They choose from the legal actions by the rewards they got. What `info` tells beyond that (`regret`, `expected_reward`)
-is for the evaluation, and no player reads it.
+They choose from the legal actions by the rewards they got, and LinUCB by `info["features"]`, which the text tells too.
+What `info` tells beyond that (`regret`, `expected_reward`) is for the evaluation, and no player reads it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from .envs.tictactoe import optimal_actions
 from .types import ParsedAction, StopReason, Trajectory, Turn
@@ -101,11 +103,33 @@ class GreedyAgent(BanditAgent):
     Plays each action once in order, then the one with the highest mean reward; the first of equals.
 
     $$ \text{score}(a) = \hat{\mu}_a, \qquad \infty \text{ if untried} $$
+
+    Args:
+        untried (`float`, *optional*, defaults to `math.inf`):
+            Score of an untried action. With 0 it is greedy as "LLMs are Greedy Agents" finds language models to be:
+            where rewards are not negative, it never leaves what once brought something. Equals are then drawn from.
+        epsilon (`float`, *optional*, defaults to `0.0`):
+            Probability of playing any legal action instead.
     """
+
+    untried, epsilon = math.inf, 0.0
+
+    def __init__(self, untried: float = math.inf, epsilon: float = 0.0):
+        if not 0.0 <= epsilon <= 1.0:
+            raise ValueError(f"epsilon={epsilon} is a probability: give a number between 0 and 1.")
+        self.untried, self.epsilon = untried, epsilon
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        if self.epsilon and self.rng.random() < self.epsilon:
+            return self.rng.choice(self.legal(info))
+        if self.untried == math.inf:
+            return super().act(observation, info)
+        best = max(map(self.score, self.legal(info)))
+        return self.rng.choice([action for action in self.legal(info) if self.score(action) == best])
 
     def score(self, action: str) -> float:
         pulls = self.pulls.get(action, 0)
-        return self.totals[action] / pulls if pulls else math.inf
+        return self.totals[action] / pulls if pulls else self.untried
 
 
 class UCBAgent(GreedyAgent):
@@ -193,6 +217,61 @@ class ThompsonAgent(BanditAgent):
         return self.rng.gauss(mean, precision**-0.5)
 
 
+class LinUCBAgent(Agent):
+    r"""
+    Plays the action whose reward may be highest, where it is a linear function of a vector \\( x \\) that the
+    environment tells before each step as `info["features"]`; the first of equals.
+
+    $$ \text{score}(a) = \theta_a^\top x + \alpha \sqrt{x^\top A_a^{-1} x}, \qquad A_a = I + \sum x x^\top, \qquad
+    \theta_a = A_a^{-1} \sum r x $$
+
+    over the steps at which the action was played: the algorithm with disjoint linear models of [A Contextual-Bandit
+    Approach to Personalized News Article Recommendation](https://huggingface.co/papers/1003.0146), with the bonus of
+    [Contextual Bandits with Linear Payoff Functions](https://proceedings.mlr.press/v15/chu11a.html).
+
+    Args:
+        alpha (`float`, *optional*, defaults to `0.5`):
+            \\( \alpha \\), what not knowing is worth. 0 is greedy.
+    """
+
+    def __init__(self, alpha: float = 0.5):
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha={alpha!r} is the weight of the bonus. Use a number of at least 0.")
+        self.alpha = alpha
+
+    def reset(self, *, legal_actions: list[str], seed: int) -> None:
+        super().reset(legal_actions=legal_actions, seed=seed)
+        self.inverses: dict[str, np.ndarray] = {}  # A^-1, (d, d), of each action that was played
+        self.totals: dict[str, np.ndarray] = {}  # sum of r x, (d,)
+
+    def act(self, observation: str, info: Mapping[str, Any]) -> str:
+        if "features" not in info:
+            raise ValueError(
+                "LinUCB chooses by `info['features']`, which this environment does not tell. Use 'ucb', or a "
+                "contextual bandit."
+            )
+        self.features = np.asarray(info["features"], dtype=float)  # (d,): `info` moves on before the reward is known
+        return max(self.legal(info), key=self.score)
+
+    def update(self, action: str, reward: float, info: Mapping[str, Any]) -> None:
+        inverse, total = self._belief(action)
+        spread = inverse @ self.features
+        # Sherman and Morrison's formula: the inverse of A + x x^T
+        self.inverses[action] = inverse - np.outer(spread, spread) / (1 + self.features @ spread)
+        self.totals[action] = total + reward * self.features
+
+    def score(self, action: str) -> float:
+        """The most that the action may reasonably bring for the present features."""
+        inverse, total = self._belief(action)
+        spread = inverse @ self.features
+        return float(total @ spread + self.alpha * math.sqrt(max(self.features @ spread, 0.0)))
+
+    def _belief(self, action: str) -> tuple[np.ndarray, np.ndarray]:
+        if action in self.inverses:
+            return self.inverses[action], self.totals[action]
+        return np.eye(len(self.features)), np.zeros(len(self.features))
+
+
 class MinimaxAgent(Agent):
     """
     Plays tic-tac-toe perfectly: one of the moves that keep the value of the game, each with the same probability.
@@ -215,6 +294,7 @@ AGENTS = {
     "greedy": GreedyAgent,
     "ucb": UCBAgent,
     "thompson": ThompsonAgent,
+    "linucb": LinUCBAgent,
     "minimax": MinimaxAgent,
 }
 
@@ -225,7 +305,8 @@ def make_agent(name: str, env: Any = None) -> Agent:
 
     Args:
         name (`str`):
-            `"random"`, `"greedy"`, `"ucb"`, `"thompson"` (bandits) or `"minimax"` (tic-tac-toe).
+            `"random"`, `"greedy"`, `"ucb"`, `"thompson"` (bandits), `"linucb"` (contextual bandits) or `"minimax"`
+            (tic-tac-toe).
         env ([`~envs.Bandit`], *optional*):
             What will be played. Thompson sampling takes its prior from how the bandit draws its means and rewards,
             never from the means of an instance. Without it, Thompson sampling is for rewards in [0, 1].

@@ -108,6 +108,7 @@ def arithmetic_problems(
     distractors: int = 0,
     operations: str = "+-*/",
     skipping: float = 0.0,
+    announced: bool = False,
     split: str | None = None,
 ) -> Dataset:
     """
@@ -138,6 +139,9 @@ def arithmetic_problems(
         skipping (`float`, *optional*, defaults to `0.0`):
             Share of the solutions, in words and as programs alike, that do all steps but the last in the head, as
             people's do: right, and hard to learn from. Questions and answers do not depend on it.
+        announced (`bool`, *optional*, defaults to `False`):
+            Whether solutions that skip steps say so at their start ("In the end, ...", "# the last step"). A small
+            model that has learnt from both kinds unannounced takes the numbers of the one in the middle of the other.
         split (`str`, *optional*):
             "train" (8 of 10 questions by their hash), "validation" or "test" (1 of 10 each). Without it, any question.
 
@@ -171,7 +175,9 @@ def arithmetic_problems(
     problems: dict[str, dict[str, Any]] = {}
     n_failed = 0
     while len(problems) < n:
-        problem = _draw_problem(rng, rng.randint(min_steps, max_steps), max_value, distractors, operations, skipping)
+        problem = _draw_problem(
+            rng, rng.randint(min_steps, max_steps), max_value, distractors, operations, skipping, announced
+        )
         fits = problem is not None and (split is None or _bucket(problem["question"]) in _SPLITS[split])
         if fits and problem["question"] not in problems:
             problems[problem["question"]] = problem
@@ -196,7 +202,13 @@ def _share(text: str) -> float:
 
 
 def _draw_problem(
-    rng: random.Random, n_steps: int, max_value: int, n_distractors: int, operations: str, skipping: float
+    rng: random.Random,
+    n_steps: int,
+    max_value: int,
+    n_distractors: int,
+    operations: str,
+    skipping: float,
+    announced: bool,
 ) -> dict[str, Any] | None:
     """One problem, or `None` if what was drawn leads nowhere."""
     theme = rng.choice(_THEMES)
@@ -255,8 +267,7 @@ def _draw_problem(
     first = n_steps - 1 if _share(f"skips {question}") < skipping else 0
     rationale = "\n".join(equations[first:])
     lines = [starts[first], *sum(code[first:], []), f"result = {owner.lower()}_{things}", "return result"]
-    if first:
-        # Announced: which way a solution goes is chosen at its start, and nothing mixes the two after that
+    if first and announced:
         rationale, lines = f"In the end, {rationale}", ["# the last step", *lines]
     return {
         "question": question,

@@ -136,7 +136,7 @@ def log_episodes(
 
     Args:
         trajectories (`Iterable[Trajectory]`):
-            Of a model, or of a scripted player whose actions [`~tiny.put_into_words`] wrote down.
+            Of a model, or of a scripted player whose actions [`~transcripts.put_into_words`] wrote down.
         env_id (`str`):
             Where they were played.
         env_kwargs (`Mapping`, *optional*):

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from ._trl import ModelConfig, TrlParser
+from .data import load_questions
+from .hub import stage_repository
 
 
 # Arguments of trainers that no result depends on
@@ -43,6 +48,44 @@ def as_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return json.loads(value) if isinstance(value, str) else dict(value or {})
 
 
+@dataclass
+class QuestionArguments:
+    """The questions that a recipe trains and tests on."""
+
+    dataset: str = field(
+        default="arithmetic",
+        metadata={"help": "gsm8k, svamp, math_qa, math_qa_numeric, arithmetic (made on the spot), or a local file."},
+    )
+    dataset_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Settings of the arithmetic problems, as JSON."}
+    )
+    test_dataset: str | None = field(default=None, metadata={"help": "Local file of test questions."})
+    num_train: int | None = field(default=None, metadata={"help": "Use so many training questions."})
+    num_test: int | None = field(default=None, metadata={"help": "Use so many test questions."})
+
+    @property
+    def question_settings(self) -> dict[str, Any]:
+        return as_settings(self.dataset_kwargs)
+
+    def load(self, split: str, **changes: Any) -> Dataset:
+        """
+        The questions to train or to test on.
+
+        Args:
+            split (`str`):
+                `"train"` or `"test"`.
+            **changes:
+                Settings in place of those of `dataset_kwargs`.
+        """
+        if Path(self.dataset).suffix and self.test_dataset is None:
+            raise ValueError(f"dataset={self.dataset!r} is one file: name another to test on, --test_dataset.")
+        name, most = self.dataset, self.num_train
+        if split == "test":
+            name, most = self.test_dataset or self.dataset, self.num_test
+        rows = load_questions(name, split, **{**self.question_settings, **changes})
+        return rows if most is None else rows.select(range(min(most, len(rows))))
+
+
 def machine_settings(training_args: Any) -> dict[str, Any]:
     """Of the arguments of a recipe's main trainer, those that hold for the trainers of its other stages too."""
     names = ("seed", "bf16", "gradient_checkpointing", "use_cpu", "disable_tqdm")
@@ -56,12 +99,21 @@ def trainer_settings(training_args: Any) -> dict[str, Any]:
     may be evaluated by one.)
     """
     settings = {}
-    for field in fields(training_args):
-        value = getattr(training_args, field.name)
-        if field.name not in NO_RESULT and not field.name.startswith(NO_RESULT_PREFIXES) and value != field.default:
+    for each in fields(training_args):
+        value = getattr(training_args, each.name)
+        if each.name not in NO_RESULT and not each.name.startswith(NO_RESULT_PREFIXES) and value != each.default:
             if value is None or isinstance(value, (str, int, float, list, dict)):
-                settings[field.name] = value
+                settings[each.name] = value
     return settings
+
+
+def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> Any:
+    """The arguments of a recipe's trainer for one stage: in its folder, for its repository on the Hub, `changes`."""
+    args = copy.copy(training_args)
+    args.hub_model_id = stage_repository(training_args, folder)
+    for name, value in {"output_dir": str(folder), **changes}.items():
+        setattr(args, name, value)
+    return args
 
 
 def check_stages(training_args: Any, model_args: ModelConfig, uses: Collection[str] = ()) -> None:

@@ -1,19 +1,21 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What a recipe of several stages ends with: a table, a picture, `metrics.json`, results in the model cards."""
+"""What recipes end with: a table, pictures, `metrics.json`, episodes to read, results in the model cards."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from .evaluation import Interval, markdown_table
-from .plots import plot_accuracy, plot_measures
+from .evaluation import Interval, markdown_table, summarize
+from .hub import push_folder, stage_repository
+from .plots import plot_accuracy, plot_learning_curve, plot_measures, plot_regret
+from .types import Trajectory
 
 
 RESULTS = "\n## Results\n"
@@ -28,6 +30,7 @@ def report_stages(
     label: str = "accuracy",
     shares: bool = True,
     more: Mapping[str, Any] | None = None,
+    push: Any = None,
 ) -> None:
     """
     Write `metrics.json` and a picture, print the table, and add it and the picture to the stages' model cards. The
@@ -49,6 +52,9 @@ def report_stages(
             each.
         more (`Mapping[str, Any]`, *optional*):
             What else `metrics.json` shall hold, beside the table.
+        push ([`~transformers.TrainingArguments`], *optional*):
+            The recipe's. If their `push_to_hub` is set, each folder with a card is pushed, to a repository of its own
+            (`stage_repository`).
     """
     if not PartialState().is_main_process:
         return
@@ -58,9 +64,68 @@ def report_stages(
     (output_dir / "metrics.json").write_text(json.dumps({**metrics, **(more or {})}, indent=2))
     picture = output_dir / ("accuracy.png" if shares else "measures.png")
     (plot_accuracy if shares else plot_measures)(table, picture, title, label)
-    text = markdown_table(table, "model")
+    text, folders = markdown_table(table, "model"), list(folders)
     add_to_cards(folders, f"{title}, mean [95% interval]:\n\n{text}", picture)
     print(text)
+    if push is not None and push.push_to_hub:
+        push_stages(folders, push)
+
+
+def push_stages(folders: Iterable[str | Path], args: Any) -> None:
+    """Push the folders that have a card, each to a repository of its own; call it on the main process."""
+    for folder in map(Path, folders):
+        if (folder / "README.md").exists():
+            push_folder(
+                folder,
+                stage_repository(args, folder),
+                token=args.hub_token,
+                private=args.hub_private_repo,
+                revision=args.hub_revision,
+            )
+
+
+def report_players(
+    trainer: Any,
+    played: Mapping[str, Sequence[Trajectory]],
+    title: str,
+    *,
+    models: Sequence[str] = ("before", "after"),
+    n_episodes: int = 8,
+) -> None:
+    """
+    Write what players did on the same episodes, and the model card with it, to the trainer's folder; print the table.
+    Every process calls this, the main one writes.
+
+    Args:
+        trainer ([`AgentGRPOTrainer`]):
+            Whose training it was; its card tells the results.
+        played (`Mapping[str, Sequence[Trajectory]]`):
+            Episodes of each player.
+        title (`str`):
+            What was played, for the picture.
+        models (`Sequence[str]`, *optional*, defaults to `("before", "after")`):
+            Which of the players are models: their episodes are written down to read, and the learning curve has the
+            others for bounds.
+        n_episodes (`int`, *optional*, defaults to `8`):
+            How many episodes of a model are written down.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    table = summarize(played)
+    n_played = max(map(len, played.values()))
+    trainer.card_results = f"{n_played} held-out episodes, mean [95% interval]:\n\n{markdown_table(table)}\n\n"
+    trainer.card_results += "![Regret by step](regret.png)\n\n![Learning curve](learning_curve.png)"
+    if trainer.is_world_process_zero():
+        metrics = {measure: {player: asdict(value) for player, value in row.items()} for measure, row in table.items()}
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        plot_regret(played, output_dir / "regret.png", title)
+        references = {player: value for player, value in table["regret"].items() if player not in models}
+        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", references=references)
+        for player in models:
+            episodes = enumerate(played[player][:n_episodes])
+            text = "\n\n".join(f"Episode {number}\n{episode}" for number, episode in episodes)
+            (output_dir / f"episodes_{player}.txt").write_text(text)
+        print(markdown_table(table))
+    trainer.create_model_card()
 
 
 def add_to_cards(folders: Iterable[str | Path], results: str, picture: Path) -> None:

@@ -3,14 +3,13 @@
 A small causal language model and its tokenizer, made on the spot: what the recipes run on without a download.
 
 Random weights cannot act, so the model is first warmed up on transcripts of a scripted player in the environment
-([`play_transcripts`] + TRL's `SFTTrainer`); it then writes well-formed replies and plays as that player does.
+([`~transcripts.play_transcripts`] + TRL's `SFTTrainer`); it then writes well-formed replies and plays as that player
+does.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from .actions import ActionParser
-from .agents import Agent, RandomAgent, play_episode
-from .contexts import Briefing, last, opening_message, transition_line, window_message
+from .agents import Agent, RandomAgent
+from .contexts import Briefing
 from .envs.make import make_env
 from .sft import fine_tune
-from .types import Trajectory
+from .transcripts import plain_rationale, play_transcripts
 
 
 # Seeds of the transcripts start here: apart from training seeds (from 0) and held-out ones (from 1e9).
@@ -116,13 +115,35 @@ def tiny_model(
         return Qwen3ForCausalLM(config)
 
 
-def save_tiny_start(dataset: Dataset, output_dir: str | Path, seed: int = 0) -> str:
+def save_tiny_start(
+    dataset: Dataset,
+    output_dir: str | Path,
+    seed: int = 0,
+    *,
+    envs: Iterable[Any] = (),
+    phrases: Iterable[str] = (),
+) -> str:
     """
     Make a small model that knows nothing, with a tokenizer for the `prompt` and `completion` of `dataset`, and save
-    both. Returns `output_dir`.
+    both.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Its `prompt` and `completion` are texts or messages.
+        output_dir (`str` or `Path`):
+            Where they are saved.
+        seed (`int`, *optional*, defaults to `0`):
+            Seeds the weights.
+        envs (`Iterable`, *optional*):
+            Environment ids, classes or factories, whose standing texts become one token each.
+        phrases (`Iterable[str]`, *optional*):
+            Other texts that do.
+
+    Returns:
+        `str`: `output_dir`, for `from_pretrained`.
     """
-    texts = [row["prompt"] + row["completion"] for row in dataset]
-    tokenizer = tiny_tokenizer(texts)
+    texts = [_text(row["prompt"]) + _text(row["completion"]) for row in dataset]
+    tokenizer = tiny_tokenizer(texts, phrases=[*(text for env in envs for text in _standing_texts(env)), *phrases])
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             tiny_model(tokenizer, seed=seed).save_pretrained(output_dir)
@@ -130,30 +151,8 @@ def save_tiny_start(dataset: Dataset, output_dir: str | Path, seed: int = 0) -> 
     return str(output_dir)
 
 
-def plain_rationale(observation: str, action: str) -> str:
-    """
-    A thought as short as the paper's instruction asks for: what the last action gave, if the observation says so, and
-    whether to go on with it. It only puts into words what the player does, but gives training words to decide by.
-
-    What failed: "red gave 1: stay. ACTION=red" (the small model wrote the word and the action independently of each
-    other), a colon between reward and word, and the same two words after either reward (RLFT raised "keep" after every
-    reward alike and, in one run of two, stayed there). With words of their own for each reward, the warm-up itself
-    teaches the model to tell rewards apart.
-    """
-    last = re.search(r"Action=(\S.*?) Reward=(-?\d\S*)", observation)
-    if last is None:
-        return f"try {action}."
-    words = ("keep", "explore") if float(last[2]) > 0 else ("retry", "switch")
-    return f"{last[1]} gave {last[2]} {words[0] if action == last[1] else words[1]} {action}."
-
-
-def board_rationale(observation: str, action: str) -> str:
-    """
-    The board as it stands, copied from the observation: what a move depends on, close to where it is decided and at
-    the same distance every time. It tells nothing of the action.
-    """
-    states = re.findall(r"State=(\S+)", observation)
-    return f"Board {states[-1]}." if states else f"try {action}."
+def _text(messages: str | list[dict[str, str]]) -> str:
+    return messages if isinstance(messages, str) else "\n".join(message["content"] for message in messages)
 
 
 def make_tiny_model(
@@ -189,7 +188,7 @@ def make_tiny_model(
             Whose episodes. Defaults to a random player that repeats itself a quarter of the time, so that transcripts
             show both: going on and changing.
         rationale, context, window, parser (*optional*):
-            As for [`play_transcripts`].
+            As for [`~transcripts.play_transcripts`].
         batch_size (`int`, *optional*, defaults to `4`):
             Conversations a step, over all processes: episodes in a chat, turns in a window.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -220,54 +219,6 @@ def make_tiny_model(
     )
 
 
-def play_transcripts(
-    env: Any,
-    agent: Agent,
-    seeds: Sequence[int],
-    *,
-    parser: ActionParser | None = None,
-    rationale: Callable[[str, str], str] | None = plain_rationale,
-    context: str = "chat",
-    window: int | None = None,
-) -> Dataset:
-    """
-    Let a scripted player play, and write its episodes down as the conversations a model would have had.
-
-    Args:
-        env (`str` or `Callable`):
-            Environment id, class or factory.
-        agent ([`Agent`]):
-            The player.
-        seeds (`Sequence[int]`):
-            One episode each.
-        parser ([`ActionParser`], *optional*):
-            Its `format` writes the action down.
-        rationale (`Callable[[str, str], str]`, *optional*):
-            Given the observation and the chosen action, the thought written before it. None: the action alone.
-        context (`str`, *optional*, defaults to `"chat"`):
-            `"chat"`: one conversation an episode; `"window"`: one exchange a turn.
-        window (`int`, *optional*):
-            With `"window"`, the number of transitions kept.
-
-    Returns:
-        `Dataset` with a column `messages` in the conversational format that TRL's trainers read.
-    """
-    parser = parser or ActionParser()
-    env = make_env(env)
-    briefing = Briefing.of(env)
-    conversations = []
-    for seed in seeds:
-        trajectory = put_into_words(play_episode(env, agent, seed=seed), parser, rationale)
-        if context == "chat":
-            conversations.append(_chat_messages(trajectory, briefing))
-        elif context == "window":
-            conversations.extend(_window_messages(trajectory, briefing, window))
-        else:
-            raise ValueError(f'context={context!r} is unknown: choose "chat" or "window".')
-    env.close()
-    return Dataset.from_dict({"messages": conversations})
-
-
 def _standing_texts(env: Any) -> list[str]:
     """What opens every episode, the instructions, and the other standing texts: most of a short one's tokens."""
     made = make_env(env)
@@ -276,51 +227,3 @@ def _standing_texts(env: Any) -> list[str]:
     finally:
         made.close()
     return [text for text in (briefing.instructions, briefing.history_header, briefing.question) if text]
-
-
-def put_into_words(
-    trajectory: Trajectory,
-    parser: ActionParser | None = None,
-    rationale: Callable[[str, str], str] | None = plain_rationale,
-) -> Trajectory:
-    """
-    A scripted player's episode as a model would have written it: the `text` of each turn is a thought and the action.
-
-    Args:
-        trajectory ([`Trajectory`]):
-            What [`play_episode`] played.
-        parser, rationale (*optional*):
-            As for [`play_transcripts`].
-    """
-    parser, turns = parser or ActionParser(), []
-    for turn in trajectory.turns:
-        stated = parser.format(turn.executed)
-        text = f"{rationale(turn.observation, turn.executed)} {stated}" if rationale else stated
-        turns.append(replace(turn, text=text))
-    return replace(trajectory, turns=tuple(turns))
-
-
-def _chat_messages(trajectory: Trajectory, briefing: Briefing) -> list[dict[str, str]]:
-    messages = []
-    for number, turn in enumerate(trajectory.turns):
-        content = turn.observation if number else opening_message(briefing, turn.observation)
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": turn.text}]
-    # The last observation too: what follows an action is worth learning to read, even when no reply follows
-    return [*messages, {"role": "user", "content": trajectory.final_observation}]
-
-
-def _window_messages(trajectory: Trajectory, briefing: Briefing, window: int | None) -> list[list[dict[str, str]]]:
-    conversations, lines, opened = [], [], trajectory.turns[0].observation
-    for turn, following in zip(trajectory.turns, [*trajectory.turns[1:], None], strict=True):
-        observed = trajectory.final_observation if following is None else following.observation
-        conversations.append(
-            [
-                {"role": "user", "content": window_message(briefing, last(lines, window), opened)},
-                {"role": "assistant", "content": turn.text},
-                {"role": "user", "content": observed},  # never seen when it plays, and worth learning from
-            ]
-        )
-        if following is not None:
-            lines.append(transition_line(len(lines), turn.observation, turn.executed, turn.reward, turn.info))
-            opened = observed.removeprefix(lines[-1]).strip("\n")
-    return conversations

@@ -5,15 +5,17 @@ import gymnasium
 
 from .bandit import Bandit
 from .check import check_env
+from .contextual_bandit import ContextualBandit
 from .make import make_env
 from .tictactoe import TicTacToe
 
 
-__all__ = ["Bandit", "TicTacToe", "check_env", "make_env", "register_environments"]
+__all__ = ["Bandit", "ContextualBandit", "TicTacToe", "check_env", "make_env", "register_environments"]
 
 # A change of behaviour bumps the number, so that an id keeps meaning what its results were measured on.
 _ENTRY_POINTS = {
     "trl_agents/Bandit-v0": "trl_agents.envs.bandit:Bandit",
+    "trl_agents/ContextualBandit-v0": "trl_agents.envs.contextual_bandit:ContextualBandit",
     "trl_agents/TicTacToe-v0": "trl_agents.envs.tictactoe:TicTacToe",
 }
 

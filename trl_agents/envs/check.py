@@ -66,7 +66,7 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
     can_make = isinstance(env, str) or inspect.isclass(env) or (callable(env) and not hasattr(env, "reset"))
     first = make_env(env) if can_make else show_through(env)
     _check_signatures(first)
-    _call("reset() without a seed", first.reset)
+    _check_kind(first, _call("reset() without a seed", first.reset))
 
     episode = list(_play(first, seed, max_steps))
     _check_instructions(first)
@@ -88,7 +88,23 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
         _call("close(), called a second time,", instance.close)
 
 
+def _check_kind(env: Any, result: Any) -> None:
+    """An environment of Gymnasium's that is no text wants describing, not another `reset`."""
+    if isinstance(env, gymnasium.Env) and isinstance(result, tuple) and not isinstance(result[0], str):
+        name = env.spec.id if env.spec else "..."
+        raise ValueError(
+            f"reset() returned the observation {_brief(result[0])}, which is no text. Play the environment as "
+            f"'gymnasium:{name}', or wrap it: trl_agents.envs.adapters.GymnasiumEnvironment(env, describe=...)."
+        )
+
+
 def _check_signatures(env: Any) -> None:
+    if callable(getattr(env, "reset", None)) and not hasattr(env, "step"):
+        raise ValueError(
+            f"{type(env).__name__} has `reset` and no `step`. If it is an environment as TRL's `environment_factory` "
+            "takes it, whose methods are tools, pass trl_agents.envs.adapters.ToolEnvironment(...); else define `def "
+            "step(self, action)`."
+        )
     forms = {
         "reset": ("reset(self, *, seed=None, options=None)", (), {"seed": 0, "options": None}),
         "step": ("step(self, action)", ("action",), {}),

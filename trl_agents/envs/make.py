@@ -8,6 +8,8 @@ from typing import Any
 
 import gymnasium
 
+from .adapters import PREFIXES, adapt
+
 
 class ShowThrough(gymnasium.Wrapper):
     """Lets `instructions` and the like be read through Gymnasium's wrappers, which otherwise hide them."""
@@ -25,7 +27,10 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
 
     Args:
         env (`str` or `Callable`):
-            An id that is registered with Gymnasium, such as `"trl_agents/Bandit-v0"`, or a class or factory.
+            An id that is registered with Gymnasium, such as `"trl_agents/Bandit-v0"`; an environment of another suite,
+            such as `"gymnasium:FrozenLake-v1"`, `"textarena:Nim-v0"`, `"gem:game:GuessTheNumber-v0-easy"`,
+            `"reasoning_gym:countdown"`, `"openenv:http://localhost:8000"` or `"tools:package.module:Class"` (see
+            [`~envs.adapters`]); or a class or factory.
         **env_kwargs:
             Passed to the environment's constructor.
 
@@ -46,15 +51,19 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
             f"env={env!r} is neither an id nor a class or factory. Pass one of these: an environment is made for each "
             "of the episodes that are played side by side, so an instance does not do."
         )
+    prefix, _, name = env.partition(":") if isinstance(env, str) else ("", "", "")
     try:
+        if prefix in PREFIXES:
+            return adapt(prefix, name, **env_kwargs)
         return show_through(gymnasium.make(env, **env_kwargs) if isinstance(env, str) else env(**env_kwargs))
     except (gymnasium.error.Error, ImportError) as error:
         if not isinstance(env, str):
             raise
         ours = ", ".join(sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/")))
         raise ValueError(
-            f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}. "
-            "Register others with gymnasium.register, or pass a class or a factory."
+            f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}; those of "
+            f"other suites begin with {', '.join(f'{prefix}:' for prefix in PREFIXES)}. Register others with "
+            "gymnasium.register, or pass a class or a factory."
         ) from error
     except TypeError as error:
         unknown = "unexpected keyword argument" in str(error)

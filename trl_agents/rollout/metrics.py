@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from numbers import Real
 
 from ..types import InvalidReason, StopReason, Trajectory
-from .play import Clock
+from .faults import Fault
+from .progress import Clock
 
 
 # Every process reports the same keys in the same order, whatever happened to its episodes.
@@ -18,6 +19,10 @@ METRIC_NAMES = (
     "agents/invalid_share",
     *(f"agents/invalid_{reason.value}" for reason in InvalidReason),
     *(f"agents/stop_{reason.value}" for reason in StopReason),
+    *(f"agents/fault_{fault.value}" for fault in Fault),
+    "agents/retried_share",
+    "agents/replaced_share",
+    "agents/lost_share",
     "agents/forced_share",
     "agents/tokens_per_turn",
     "agents/env_seconds",
@@ -60,6 +65,12 @@ def rollout_metrics(trajectories: Sequence[Trajectory], clock: Clock) -> list[tu
         sums[f"agents/invalid_{reason.value}"] = (count, len(turns))
     for stop in StopReason:
         sums[f"agents/stop_{stop.value}"] = (sum(t.stop is stop for t in trajectories), len(trajectories))
+    faults = clock.faults
+    for fault in Fault:
+        sums[f"agents/fault_{fault.value}"] = (faults.kinds[fault], faults.calls)
+    for name, number in (("retried", faults.retried), ("replaced", faults.replaced)):
+        sums[f"agents/{name}_share"] = (number, len(trajectories))
+    sums["agents/lost_share"] = (len(trajectories) - len(healthy), len(trajectories))
     sums["agents/forced_share"] = (sum(turn.forced for turn in turns), len(turns))
     sums["agents/tokens_per_turn"] = (sum(len(turn.action_ids) for turn in turns), len(turns))
     sums["agents/env_seconds"] = (clock.env, 1)

@@ -13,17 +13,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ..actions import ActionParser
 from ..contexts import Briefing
 from ..exploration import Exploration, Past, name_back, vote
 from ..types import ParsedAction, StopReason, Trajectory, Turn
+from .faults import Fault
 from .generation import Backend, Reply
+from .progress import Bar, Clock
 from .workers import EnvPool, EnvReply
 
 
 INVALID_ACTION_CHOICES = ("random", "retry", "end")
+
+# Each episode is begun at most twice, and at most two others from the same seed take its place.
+STARTS, REPLACEMENTS = 2, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,8 @@ class Rules:
         max_turns (`int`, *optional*):
             Most turns of an episode.
         invalid_action (`str`, *optional*, defaults to `"random"`):
-            What a reply without a legal action leads to: `"random"` plays a random legal action, `"retry"` asks again,
-            `"end"` ends the episode.
+            What a reply without a legal action leads to: `"random"` plays a random legal action (and ends the episode
+            where the environment lists none), `"retry"` asks again, `"end"` ends the episode.
         invalid_action_penalty (`float`, *optional*, defaults to `-5.0`):
             Added to the reward of the turn.
         max_retries (`int`, *optional*, defaults to `2`):
@@ -89,22 +93,13 @@ class Rules:
 
 
 @dataclass(slots=True)
-class Clock:
-    """Where the time of a rollout went, in seconds. Environments overlap: `env` may exceed `wall`."""
-
-    wall: float = 0.0
-    model: float = 0.0
-    env: float = 0.0
-    env_wait: float = 0.0  # nothing to decode: waiting for environments
-
-
-@dataclass(slots=True)
 class _Live:
     """An episode in its slot."""
 
     index: int
     episode: Episode
     rng: np.random.Generator
+    start: int = 0  # how many have failed before it in this episode's place
     reader: Any = None
     observation: str = ""
     info: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +122,11 @@ class _Live:
 class Player:
     """
     Plays episodes with one backend, one context and one kind of environment.
+
+    An episode whose environment failed is begun again, once, from its seed in a fresh environment, with the same luck:
+    a fault that does not repeat itself leaves no trace. Failing that another episode, from the same seed with luck of
+    its own, takes the place in the same way, and then one more; only what is left then is a fault to learn nothing
+    from. So a place stays what it was for groups and processes: one of its seed's episodes.
 
     Args:
         pool ([`EnvPool`]):
@@ -177,29 +177,41 @@ class Player:
         queue = deque(enumerate(episodes))
         free = list(range(len(self.pool.workers)))[::-1]
         live: dict[int, _Live] = {}
-        with _Bar(len(episodes), progress, description) as bar, ExitStack() as on_leaving:
+        with Bar(len(episodes), progress, description) as bar, ExitStack() as on_leaving:
             # If this is interrupted or fails, the pool's next rollout must not receive answers meant for this one
             on_leaving.callback(self.pool.give_up)
 
-            def finish(slot: int, stop: StopReason, error: str | None = None) -> None:
-                episode = live.pop(slot)
+            def begin(slot: int, index: int, episode: Episode, start: int = 0) -> None:
+                luck = [episode.seed % 2**32, *episode.luck]
+                luck += [start // STARTS] if start >= STARTS else []
+                chance = random.Random(str(luck))
+                live[slot] = _Live(index, episode, np.random.default_rng(luck), start, chance=chance)
+                self.pool.reset(slot, episode.seed, episode.options)
+
+            def finish(slot: int, stop: StopReason | Fault, error: str | None = None) -> None:
+                done = live.pop(slot)
+                if isinstance(stop, Fault):
+                    clock.faults.add(stop, f"seed {done.episode.seed}, turn {len(done.turns)}: {error}")
+                    clock.faults.retried += done.start == 0
+                    clock.faults.replaced += done.start == STARTS - 1
+                    if done.start + 1 < STARTS * (1 + REPLACEMENTS):
+                        self.pool.renew(slot)
+                        return begin(slot, done.index, done.episode, done.start + 1)
+                    stop = stop.stop
                 free.append(slot)
-                finished[episode.index] = self._trajectory(episode, stop, error)
+                finished[done.index] = self._trajectory(done, stop, error)
                 bar.episode()
 
             while queue or live:
                 while queue and free:
-                    index, episode = queue.popleft()
-                    slot = free.pop()
-                    luck = [episode.seed % 2**32, *episode.luck]
-                    live[slot] = _Live(index, episode, np.random.default_rng(luck), chance=random.Random(str(luck)))
-                    self.pool.reset(slot, episode.seed, episode.options)
+                    begin(free.pop(), *queue.popleft())
                 idle = not self.backend.busy
                 waited = time.perf_counter()
                 env_replies = self.pool.collect(self.patience, block=idle)
                 clock.env_wait += (time.perf_counter() - waited) * idle
                 for env_reply in env_replies:
                     clock.env += env_reply.seconds
+                    clock.faults.calls += 1
                     self._on_environment(live[env_reply.slot], env_reply, finish, bar)
                 if self.backend.busy:
                     decoding = time.perf_counter()
@@ -211,7 +223,7 @@ class Player:
         clock.wall = time.perf_counter() - started
         return finished, clock
 
-    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: _Bar) -> None:
+    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: Bar) -> None:
         live.env_seconds += reply.seconds
         if reply.fault is not None:
             return finish(reply.slot, reply.fault, reply.error)
@@ -235,7 +247,7 @@ class Player:
             return finish(reply.slot, StopReason.TRUNCATED if reply.truncated else StopReason.MAX_TURNS)
         self._begin_turn(reply.slot, live, finish, bar)
 
-    def _begin_turn(self, slot: int, live: _Live, finish: Callable, bar: _Bar) -> None:
+    def _begin_turn(self, slot: int, live: _Live, finish: Callable, bar: Bar) -> None:
         """A question is open: name the actions, and answer it without the model where a mechanism says so."""
         live.names = self.exploration.relabel(live.past, live.chance)
         if live.names:
@@ -248,7 +260,10 @@ class Player:
         action, thought = ((live.names or {}).get(forced[0], forced[0]), forced[1])
         if live.names:
             thought = thought.replace(forced[0], action)
-        stated = self.parser.format(action)
+        try:
+            stated = self.parser.format(action)
+        except ValueError as error:
+            return finish(slot, Fault.MALFORMED, str(error))
         ids = self.context.reply_ids(f"{thought} {stated}")
         if len(ids) > self._budget(live):
             ids = self.context.reply_ids(stated)  # too little room to think
@@ -259,13 +274,22 @@ class Player:
     def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
         budget = self._budget(live)
         if budget < 1:
-            if not live.turns:
-                raise ValueError(
-                    f"The instructions alone take {len(live.reader.prompt_ids)} tokens, and an episode may have "
-                    f"{self.rules.max_length}. Use a model with more positions, or shorter instructions."
-                )
-            return finish(slot, StopReason.CONTEXT_FULL)
+            if live.turns:
+                return finish(slot, StopReason.CONTEXT_FULL)
+            return finish(slot, Fault.MALFORMED, self._too_long(live))
         self.backend.submit(slot, live.reader.prompt_ids, budget, live.rng)
+
+    def _too_long(self, live: _Live) -> str:
+        """Why an episode has no room for a reply. Where no episode has any, that is no fault of the environment's."""
+        length, limit = len(live.reader.prompt_ids), self.rules.max_length
+        instructions = live.reset_info.get("instructions", self.briefing.instructions)
+        briefing = dataclasses.replace(self.briefing, instructions=instructions)
+        if (alone := len(self.context.begin(briefing, "", {}).prompt_ids)) >= limit:
+            raise ValueError(
+                f"The instructions alone take {alone} tokens, and an episode may have {limit}. Use a model with more "
+                "positions, or shorter instructions."
+            )
+        return f"the first question takes {length} tokens with the instructions, and an episode may have {limit}"
 
     def _budget(self, live: _Live) -> int:
         if self.rules.max_length is None:
@@ -275,7 +299,7 @@ class Player:
     def _out_of_turns(self, live: _Live) -> bool:
         return self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns
 
-    def _on_reply(self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: _Bar) -> None:
+    def _on_reply(self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: Bar) -> None:
         """The model answered: ask once more where replies vote or are corrected, else play it."""
         live.drafts.append(reply)
         if self.exploration.correction and len(live.drafts) == 1:
@@ -294,7 +318,7 @@ class Player:
         return text, name_back(parsed, live.names) if live.names else parsed
 
     def _on_final(
-        self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: _Bar, forced: bool = False
+        self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: Bar, forced: bool = False
     ) -> None:
         text, parsed = self._parse(live, reply)
         legal_actions = live.info.get("legal_actions")
@@ -316,23 +340,21 @@ class Player:
             "drafts": tuple(self.context.decode(draft.ids) for draft in live.drafts),
         }
         live.drafts = []
-        action = parsed.action
+        action, ends = parsed.action, self.rules.invalid_action == "end"
         if action is None and self.rules.invalid_action == "random":
-            if not legal_actions:
-                problem = (
-                    "invalid_action='random' needs legal actions to choose from, but the environment's `info` has no "
-                    "'legal_actions'. Use invalid_action='retry' or 'end', or let the environment list them."
-                )
-                if not live.reset_info.get("legal_actions"):
-                    raise ValueError(problem)
-                return finish(slot, StopReason.ENV_ERROR, f"At turn {len(live.turns)}: {problem}")
-            action = legal_actions[live.rng.integers(len(legal_actions))]
+            if legal_actions:
+                action = legal_actions[live.rng.integers(len(legal_actions))]
+            elif live.reset_info.get("legal_actions"):
+                problem = "the environment's `info` lists no 'legal_actions' any more, to choose a random one of."
+                return finish(slot, Fault.MALFORMED, problem)
+            else:
+                ends = True  # any text may be an action here: nothing can be played in its place
         if action is not None:
             live.pending = {**turn, "executed": action}
             return self.pool.step(slot, action)
         live.turns.append(Turn(**turn, executed=None))
         live.retries += 1
-        if self.rules.invalid_action == "end" or live.retries > self.rules.max_retries:
+        if ends or live.retries > self.rules.max_retries:
             return finish(slot, StopReason.INVALID_ACTION)
         live.observation = self._ask_again(legal_actions)
         live.reader.ask(reply.ids, live.observation)
@@ -368,28 +390,3 @@ class Player:
             env_seconds=live.env_seconds,
             error=error,
         )
-
-
-class _Bar:
-    """Progress for people: episodes done, steps played, share of valid actions."""
-
-    def __init__(self, total: int, enabled: bool, description: str):
-        # Without `miniters` the bar would show turns only when an episode ends
-        self.bar = tqdm(total=total, desc=description, unit="ep", leave=False, disable=not enabled, miniters=0)
-        self.turns = self.valid = 0
-
-    def turn(self, parsed: ParsedAction) -> None:
-        self.turns += 1
-        self.valid += parsed.is_valid
-        if not self.bar.disable:
-            self.bar.set_postfix(turns=self.turns, valid=f"{self.valid / self.turns:.0%}", refresh=False)
-            self.bar.update(0)
-
-    def episode(self) -> None:
-        self.bar.update()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.close()

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
 import threading
 import time
-import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from ..types import StopReason
+from .faults import Fault, RemoteFault, checked_reset, checked_step, describe
+from .processes import EnvProcess, check_picklable
 
 
-# How long closing the environments may take, all together.
+# How long closing the environments may take, all together; and how long one is waited for that was given up.
 CLOSE_SECONDS = 10.0
+GIVEN_UP_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,23 @@ class EnvReply:
     truncated: bool = False
     info: dict[str, Any] | None = None
     seconds: float = 0.0
-    fault: StopReason | None = None
+    fault: Fault | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What an environment was asked, when, and until when (on the clock `time.monotonic`) it may think about it."""
+
+    name: str
+    ask: Callable[[Any], Any]
+    check: Callable[[Any], tuple]
+    asked: float
+    seconds: float
+
+    @property
+    def deadline(self) -> float:
+        return self.asked + self.seconds
 
 
 class EnvPool:
@@ -41,33 +60,60 @@ class EnvPool:
     Slow environments overlap with each other and with decoding. An exception, a malformed answer or a timeout becomes
     an [`EnvReply`] with a `fault`; the slot gets a fresh environment and its neighbours notice nothing.
 
+    A thread cannot be ended from outside: an environment that hangs keeps its own until it comes back or the process
+    ends, which it does not keep from ending. With `processes` it is killed.
+
     Args:
         factory (`Callable[[], Any]`):
             Makes an environment.
         n_slots (`int`):
             Number of environments.
         timeout (`float`, *optional*):
-            Seconds a `reset` (making the environment included, when it is the slot's first) or a `step` may take. None
-            waits for ever.
+            Seconds a `step` may take. None waits for ever.
+        reset_timeout (`float`, *optional*):
+            Seconds a `reset` may take (making the environment included, when it is the slot's first). Defaults to
+            `timeout`.
+        processes (`bool`, *optional*, defaults to `False`):
+            Whether each environment gets a process of its own besides. The factory must be picklable then.
     """
 
-    def __init__(self, factory: Callable[[], Any], n_slots: int, timeout: float | None = None):
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        n_slots: int,
+        timeout: float | None = None,
+        reset_timeout: float | None = None,
+        processes: bool = False,
+    ):
         if n_slots < 1:
             raise ValueError(f"n_slots={n_slots!r} leaves no place to play in: give at least 1.")
-        if timeout is not None and timeout <= 0:
-            raise ValueError(f"timeout={timeout!r}: give a positive number of seconds, or None to wait for ever.")
-        self.factory, self.timeout = factory, timeout
+        for name, value in (("timeout", timeout), ("reset_timeout", reset_timeout)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value!r}: give a positive number of seconds, or None to wait for ever.")
+        if processes:
+            check_picklable(factory)
+        self.factory = functools.partial(EnvProcess, factory) if processes else factory
+        self.timeout = math.inf if timeout is None else timeout
+        self.reset_timeout = self.timeout if reset_timeout is None else reset_timeout
         self.answers: SimpleQueue = SimpleQueue()
         self.workers: list[_Worker | None] = [None] * n_slots
-        self.waiting: dict[int, float] = {}  # slot -> when it was asked
+        self.waiting: dict[int, _Question] = {}  # slot -> what it was asked
+        self.leaving: list[_Worker] = []  # without a slot, and perhaps not gone yet
+        # Should nobody call `close`, what the environments have opened is closed all the same
+        weakref.finalize(self, _shut_down, self.workers, self.leaving).atexit = False
+        _pools.add(self)
 
     def reset(self, slot: int, seed: int, options: dict[str, Any] | None = None) -> None:
         """Start an episode in `slot`."""
-        self._ask(slot, lambda env: _checked_reset(env.reset(seed=seed, options=options)))
+        self._ask(slot, "reset", lambda env: env.reset(seed=seed, options=options), checked_reset, self.reset_timeout)
 
     def step(self, slot: int, action: str) -> None:
         """Play `action` in `slot`."""
-        self._ask(slot, lambda env: _checked_step(env.step(action)))
+        self._ask(slot, "step", lambda env: env.step(action), checked_step, self.timeout)
+
+    def renew(self, slot: int) -> None:
+        """Let the next episode in `slot` begin with a fresh environment."""
+        self._dismiss(slot)
 
     def collect(self, patience: float, block: bool) -> list[EnvReply]:
         """
@@ -77,8 +123,9 @@ class EnvPool:
         replies: list[EnvReply] = []
         while self.waiting:
             now = time.monotonic()
-            wait = math.inf if block and not replies else max(self.waiting.values()) + patience - now
-            until_late = math.inf if self.timeout is None else min(self.waiting.values()) + self.timeout - now
+            latest = max(question.asked for question in self.waiting.values())
+            wait = math.inf if block and not replies else latest + patience - now
+            until_late = min(question.deadline for question in self.waiting.values()) - now
             try:
                 answer = self.answers.get(timeout=max(min(wait, until_late, 3600.0), 0.0))
             except Empty:
@@ -87,13 +134,13 @@ class EnvPool:
                 if wait <= 0 and not late:
                     break
                 continue
-            worker, slot, value, error, seconds = answer
+            worker, slot, value, fault, error, seconds = answer
             if self.workers[slot] is not worker:  # answer of a worker that was given up: it must not shift later ones
                 continue
             del self.waiting[slot]
-            if error is not None:
-                self._discard(slot)
-                replies.append(EnvReply(slot, seconds=seconds, fault=StopReason.ENV_ERROR, error=error))
+            if fault is not None:
+                self._dismiss(slot)
+                replies.append(EnvReply(slot, seconds=seconds, fault=fault, error=error))
             else:
                 replies.append(EnvReply(slot, *value, seconds=seconds))
         return sorted(replies, key=lambda reply: reply.slot)  # the order of arrival is not reproducible
@@ -101,40 +148,63 @@ class EnvPool:
     def give_up(self) -> None:
         """Discard the environments that have not answered: nobody will collect what they say."""
         for slot in list(self.waiting):
-            self._discard(slot)
+            self._dismiss(slot, give_up=True)
         self.waiting.clear()
 
     def close(self) -> None:
-        """Close all environments. One that does not come back is left to die with the process."""
+        """Close all environments. A thread that does not come back is left to die with the process."""
         self.give_up()
-        workers = [worker for worker in self.workers if worker is not None]
-        for slot in range(len(self.workers)):
-            self._discard(slot)
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for worker in workers:
-            worker.thread.join(max(deadline - time.monotonic(), 0.0))
+        _shut_down(self.workers, self.leaving)
 
-    def _ask(self, slot: int, question: Callable[[Any], tuple]) -> None:
+    def _ask(self, slot: int, name: str, ask: Callable, check: Callable, seconds: float) -> None:
         if self.workers[slot] is None:
             self.workers[slot] = _Worker(self.factory, slot, self.answers)
-        self.waiting[slot] = time.monotonic()
-        self.workers[slot].questions.put(question)
+        self.waiting[slot] = _Question(name, ask, check, time.monotonic(), seconds)
+        self.workers[slot].questions.put(self.waiting[slot])
 
     def _time_out(self) -> list[EnvReply]:
-        if self.timeout is None:
-            return []
         now = time.monotonic()
-        late = [slot for slot, asked in self.waiting.items() if now - asked >= self.timeout]
-        for slot in late:
+        late = {slot: question for slot, question in self.waiting.items() if question.deadline <= now}
+        replies = []
+        for slot, question in late.items():
             del self.waiting[slot]
-            self._discard(slot)
-        error = f"no answer within {self.timeout} s"
-        return [EnvReply(s, seconds=self.timeout, fault=StopReason.ENV_TIMEOUT, error=error) for s in late]
+            self._dismiss(slot, give_up=True)
+            error = f"no answer to `{question.name}` within {question.seconds:g} s"
+            replies.append(EnvReply(slot, seconds=question.seconds, fault=Fault.TIMEOUT, error=error))
+        return replies
 
-    def _discard(self, slot: int) -> None:
+    def _dismiss(self, slot: int, give_up: bool = False) -> None:
         worker, self.workers[slot] = self.workers[slot], None
+        self.leaving[:] = [gone for gone in self.leaving if gone.thread.is_alive()]
         if worker is not None:
-            worker.questions.put(None)
+            worker.dismiss(give_up)
+            self.leaving.append(worker)
+
+
+_pools: weakref.WeakSet[EnvPool] = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, which knows nothing of what environments have started: so before it
+def _close_pools() -> None:
+    for pool in list(_pools):
+        pool.close()
+
+
+def _shut_down(workers: list[_Worker | None], leaving: list[_Worker]) -> None:
+    """Dismiss all `workers`, and wait for them and for those who are leaving."""
+    for slot, worker in enumerate(workers):
+        if worker is not None:
+            worker.dismiss()
+            leaving.append(worker)
+            workers[slot] = None
+    started = time.monotonic()
+    for worker in sorted(leaving, key=lambda worker: worker.given_up):
+        limit = GIVEN_UP_SECONDS if worker.given_up else CLOSE_SECONDS
+        worker.thread.join(max(started + limit - time.monotonic(), 0.0))
+    for worker in leaving:
+        if worker.thread.is_alive():
+            worker.kill()  # its `close` hangs
+    leaving.clear()
 
 
 class _Worker:
@@ -142,59 +212,47 @@ class _Worker:
 
     def __init__(self, factory: Callable[[], Any], slot: int, answers: SimpleQueue):
         self.questions: SimpleQueue = SimpleQueue()
+        self.given_up = self.killed = False
+        self.env: Any = None
         self.thread = threading.Thread(
             target=self._run, args=(factory, slot, answers), name=f"trl-agents-env-{slot}", daemon=True
         )
         self.thread.start()
 
+    def dismiss(self, give_up: bool = False) -> None:
+        """Close the environment when it has answered. `give_up`: nobody wants to know what."""
+        self.given_up = self.given_up or give_up
+        self.questions.put(None)
+        if give_up:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the environment now, if it can be: in a process, not in a thread."""
+        self.killed = True
+        if isinstance(self.env, EnvProcess):
+            self.env.kill()
+
     def _run(self, factory: Callable[[], Any], slot: int, answers: SimpleQueue) -> None:
-        env = None
         while (question := self.questions.get()) is not None:
             started = time.monotonic()
             value = error = None
             try:
-                if env is None:
-                    env = factory()
-                value = question(env)
+                fault = Fault.MAKE  # what it is if the next line raises
+                if self.env is None:
+                    self.env = factory()
+                    if self.killed:  # before there was anything to kill
+                        self.kill()
+                fault = Fault.CRASH
+                answer = question.ask(self.env)
+                fault = Fault.MALFORMED
+                value = question.check(answer)
+                fault = None
             except BaseException as exception:  # also what would end the thread silently, and leave us waiting
-                error = "".join(traceback.format_exception_only(exception)).strip()
-            answers.put((self, slot, value, error, time.monotonic() - started))
+                fault = exception.fault if isinstance(exception, RemoteFault) else fault
+                error = describe(exception)
+            answers.put((self, slot, value, fault, error, time.monotonic() - started))
         try:
-            if env is not None:
-                env.close()
+            if self.env is not None:
+                self.env.close()
         except BaseException:  # the episode is over: nothing depends on a clean end
             pass
-
-
-def _checked_reset(answer: Any) -> tuple:
-    observation, info = answer
-    return _checked_text(observation), 0.0, False, False, _checked_info(info)
-
-
-def _checked_step(answer: Any) -> tuple:
-    observation, reward, terminated, truncated, info = answer
-    reward = float(reward)
-    if not math.isfinite(reward):
-        raise ValueError(f"the environment returned the reward {reward}")
-    return _checked_text(observation), reward, bool(terminated), bool(truncated), _checked_info(info)
-
-
-def _checked_text(observation: Any) -> str:
-    if not isinstance(observation, str):
-        raise TypeError(f"the environment returned an observation of type {type(observation).__name__}, not str")
-    return observation
-
-
-def _checked_info(info: Any) -> dict[str, Any]:
-    """A copy, so that what an environment changes later does not change the past. What we read must be as agreed."""
-    if not isinstance(info, dict):
-        raise TypeError(f"the environment returned an info of type {type(info).__name__}, not dict")
-    info = dict(info)
-    if (actions := info.get("legal_actions")) is not None:
-        if not isinstance(actions, (list, tuple)) or not all(isinstance(action, str) for action in actions):
-            raise TypeError(f"the environment returned legal_actions={actions!r}, not a list of str")
-        info["legal_actions"] = list(actions)
-    for name in ("instructions", "transition"):
-        if not isinstance(info.get(name, ""), str):
-            raise TypeError(f"the environment returned {name}={info[name]!r}, not str")
-    return info

@@ -60,9 +60,9 @@ class AgentGRPOConfig(GRPOConfig):
             `"scale"` divides by their standard deviation, `"standardize"` also subtracts their mean (which, where
             episodes vary in length, pays or charges for each further turn), `"none"` leaves them.
         invalid_action (`str`, *optional*, defaults to `"random"`):
-            What a reply without a legal action leads to: `"random"` plays a random legal action, `"retry"` asks again,
-            `"end"` ends the episode. A reply that was asked again is a turn of its own, so `"retry"` is no match for
-            `advantage_estimator="turn"`.
+            What a reply without a legal action leads to: `"random"` plays a random legal action (and ends the episode
+            where the environment lists none), `"retry"` asks again, `"end"` ends the episode. A reply that was asked
+            again is a turn of its own, so `"retry"` is no match for `advantage_estimator="turn"`.
         invalid_action_penalty (`float`, *optional*, defaults to `-5.0`):
             Added to the reward of a turn without a legal action, after normalisation.
         max_retries (`int`, *optional*, defaults to `2`):
@@ -91,8 +91,17 @@ class AgentGRPOConfig(GRPOConfig):
         rollout_batch_size (`int`, *optional*):
             Episodes side by side on each process. A place is used again as soon as its episode ends. Defaults to all
             episodes of the generation batch.
-        env_timeout (`float`, *optional*):
-            Seconds an environment may take for one answer before its episode is given up. None waits for ever.
+        env_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds an environment may take for a `step`; what takes longer is a fault. None waits for ever.
+        env_reset_timeout (`float`, *optional*):
+            Seconds it may take for a `reset`, being made included. Defaults to `env_timeout`.
+        env_processes (`bool`, *optional*, defaults to `False`):
+            Whether each environment gets a process of its own. One that hangs for good is killed then, and one that
+            takes its process down does not take the training along. It must be made from what can be pickled.
+        max_fault_share (`float`, *optional*, defaults to `0.5`):
+            Share of episodes that may be lost to faults of the environment (exceptions, wrong answers, timeouts),
+            averaged over three rollouts, before training stops with an error. An episode is lost when it has failed
+            twice and two others, in its place, have too. 0 stops at the first, 1 never.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["env_kwargs"]
@@ -193,8 +202,25 @@ class AgentGRPOConfig(GRPOConfig):
         metadata={"help": "Episodes side by side on each process. Defaults to all of the generation batch."},
     )
     env_timeout: float | None = field(
+        default=120.0,
+        metadata={"help": "Seconds an environment may take for a `step`; what takes longer is a fault."},
+    )
+    env_reset_timeout: float | None = field(
         default=None,
-        metadata={"help": "Seconds an environment may take for one answer before its episode is given up."},
+        metadata={
+            "help": "Seconds an environment may take for a `reset`, being made included. Defaults to env_timeout."
+        },
+    )
+    env_processes: bool = field(
+        default=False,
+        metadata={"help": "Whether each environment gets a process of its own, so that one that hangs can be killed."},
+    )
+    max_fault_share: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of episodes that may be lost to faults of the environment, averaged over three rollouts, "
+            "before training stops with an error. 0 stops at the first, 1 never."
+        },
     )
 
     def __post_init__(self):
@@ -210,8 +236,12 @@ class AgentGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value!r}: give a number of at least 0.")
-        if self.env_timeout is not None and self.env_timeout <= 0:
-            raise ValueError(f"env_timeout={self.env_timeout!r}: give a positive number, or None to wait for ever.")
+        for name in ("env_timeout", "env_reset_timeout"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value!r}: give a positive number, or None to wait for ever.")
+        if not 0.0 <= self.max_fault_share <= 1.0:
+            raise ValueError(f"max_fault_share={self.max_fault_share!r} is a share: give a number from 0 to 1.")
         if self.invalid_action_penalty > 0:
             raise ValueError(
                 f"invalid_action_penalty={self.invalid_action_penalty!r} is added to the reward, and would praise "

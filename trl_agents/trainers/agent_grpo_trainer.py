@@ -6,6 +6,7 @@ import functools
 import math
 import textwrap
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from ..contexts import Briefing, make_context
 from ..envs.make import make_env
 from ..evaluation import validation_seeds
 from ..exploration import make_exploration
+from ..hub import PushesSafely
 from ..returns import discounted_returns
+from ..rollout.faults import TOLD
 from ..rollout.generation import Backend, Sampling, SlotBackend, replay
 from ..rollout.metrics import combine_metrics, rollout_metrics
 from ..rollout.play import Clock, Episode, Player, Rules
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
-from .card import card_section
+from .card import complete_card
 from .checks import check_dataset, check_environment, check_settings, check_types
 from .memory import Memorize, recall_from
 
@@ -41,7 +44,7 @@ def environment_reward(prompts, completions, environment_score, **kwargs) -> lis
     return environment_score
 
 
-class AgentGRPOTrainer(RolloutGRPOTrainer):
+class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
     """
     Trainer for agents that act in an environment over many steps, by Group Relative Policy Optimization.
 
@@ -135,6 +138,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         if args is None:
             args = AgentGRPOConfig("agent-grpo")
         check_types(args, action_parser)
+        self.env_id = env if isinstance(env, str) else None
         self.env_name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
         self.card_results = ""  # Markdown: what the trained agent achieved
         self.exploration = make_exploration(args.exploration)
@@ -178,15 +182,16 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
-        self.lost_rollouts = 0  # in a row, in which every episode was lost to a fault
+        self.lost_shares = deque([0.0] * 3, maxlen=3)  # of the latest rollouts' episodes: lost to faults
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
+        self.latest: list[Trajectory] = []  # those, or of `play` if that was later
 
     # -- playing -----------------------------------------------------------------------------------------------------
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
         mode = "train" if self.model.training else "eval"
         trajectories, clock = self._play(inputs, mode)
-        self.trajectories = trajectories
+        self.trajectories = self.latest = trajectories
         self._record(trajectories, clock, mode)
         self._normalize(trajectories, mode)
         return self._rows(trajectories, mode)
@@ -231,13 +236,16 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 briefing = Briefing.of(example)
             finally:
                 example.close()
-            pool = EnvPool(factory, self._n_slots(len(episodes)), self.args.env_timeout)
+            pool = self._make_pool(factory, self._n_slots(len(episodes)))
             try:
                 played, _ = self._play_in(pool, briefing, episodes, self._eval_temperature, "Evaluation")
             finally:
                 pool.close()
         parts = gather_object([played])
-        return [parts[number % world][number // world] for number in range(len(seeds))]
+        played = [parts[number % world][number // world] for number in range(len(seeds))]
+        if env is None:
+            self.latest = played
+        return played
 
     def _n_slots(self, n_episodes: int) -> int:
         side_by_side = (
@@ -245,13 +253,18 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
         )
         return max(min(side_by_side, n_episodes), 1)
 
+    def _make_pool(self, factory: Callable[[], Any], n_slots: int) -> EnvPool:
+        return EnvPool(
+            factory, n_slots, self.args.env_timeout, self.args.env_reset_timeout, processes=self.args.env_processes
+        )
+
     def _play_episodes(
         self, episodes: list[Episode], temperature: float, description: str
     ) -> tuple[list[Trajectory], Clock]:
         n_slots = self._n_slots(len(episodes))
         if self.env_pool is None or len(self.env_pool.workers) != n_slots:
             self.close_environments()
-            self.env_pool = EnvPool(self.env_factory, n_slots, self.args.env_timeout)
+            self.env_pool = self._make_pool(self.env_factory, n_slots)
         return self._play_in(self.env_pool, self.briefing, episodes, temperature, description)
 
     def _play_in(
@@ -366,12 +379,7 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
-        self.lost_rollouts = 0 if lengths else self.lost_rollouts + 1
-        if self.lost_rollouts == 3:
-            raise RuntimeError(
-                "In three rollouts in a row every episode was lost to a fault of the environment: there is nothing to "
-                f"learn from. On process {self.accelerator.process_index}: {faults[0]}"
-            )
+        self._limit_faults(clock, metrics.get("agents/lost_share", 0.0))
         if faults:
             warnings.warn(
                 f"{len(faults)} of {len(trajectories)} episodes were lost to a fault of the environment and weigh "
@@ -379,15 +387,29 @@ class AgentGRPOTrainer(RolloutGRPOTrainer):
                 stacklevel=2,
             )
 
+    def _limit_faults(self, clock: Clock, share: float) -> None:
+        """Raises, on all processes alike, if too many episodes of the latest rollouts were lost. `share`: of all."""
+        self.lost_shares.append(share)
+        first = gather_object(clock.faults.first)
+        lost = sum(self.lost_shares) / len(self.lost_shares)
+        if lost > self.args.max_fault_share:
+            raise RuntimeError(
+                f"{lost:.0%} of the episodes of the last {len(self.lost_shares)} rollouts were lost to faults of the "
+                f"environment (max_fault_share={self.args.max_fault_share}), though each was begun again and then "
+                f"replaced. The first faults of this rollout: {'; '.join(first[:TOLD])}. Mend the environment, give "
+                "it more time (env_timeout, env_reset_timeout), or raise max_fault_share."
+            )
+
     # -- the card ----------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """TRL's model card, with a section on the environment, how to run the agent, and `card_results` if set."""
+        """TRL's model card, with the environment, how to run the agent, `card_results` if set, and some episodes."""
+        if not self.may_write():
+            return
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir) / "README.md"
         if self.plays and self.is_world_process_zero() and path.exists():
-            section = card_section(self.env_name, self.action_parser, self.args, self.card_results)
-            path.write_text(path.read_text(encoding="utf-8") + section, encoding="utf-8")
+            complete_card(self)
 
     # -- rows and credit ---------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .._trl import check_trl
@@ -42,8 +43,9 @@ def check_run(
         dataset = [{"seed": seed} for seed in range(args.num_train_seeds)]
     check_dataset(dataset, args.generation_batch_size // args.num_generations)
     check_dataset(kwargs.get("eval_dataset"))
+    env_kwargs = {**(args.env_kwargs or {}), **make_exploration(args.exploration).env_kwargs}
     check_environment(
-        functools.partial(make_env, env, **{**(args.env_kwargs or {}), **make_exploration(args.exploration).env_kwargs}),
+        functools.partial(make_env, env, **env_kwargs),
         action_parser or ActionParser(),
         args,
         next(iter(dataset)),
@@ -69,6 +71,7 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
     for name in ("rollout_func", "environment_factory", "tools"):
         if kwargs.get(name):
             raise ValueError(f"`{name}` and `env` both say how completions are made: pass only one of them.")
+    make_exploration(args.exploration).check_context(args.context)
     if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
         raise ValueError(
             f"reward_weights={args.reward_weights} for {len(reward_funcs)} reward functions: give one weight for "
@@ -130,9 +133,11 @@ def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
 ) -> Briefing:
     """Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
-    env = factory()
     try:
-        _, info = env.reset(seed=row["seed"], options=row.get("options"))
+        env, info = _start(factory, row)
+    except Exception:  # as in a rollout, once is no time
+        env, info = _start(factory, row)
+    try:
         if not isinstance(getattr(env, "instructions", None), str):
             raise ValueError(
                 f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
@@ -142,13 +147,26 @@ def check_environment(
         if legal_actions:
             parser.check_legal_actions(legal_actions)
         elif args.invalid_action == "random":
-            raise ValueError(
-                "invalid_action='random' needs legal actions to choose from, but this environment's `reset` gives "
-                "no info['legal_actions']. Use invalid_action='retry' or 'end', or let the environment list them."
+            warnings.warn(
+                f"{type(env).__name__} lists no info['legal_actions'], so invalid_action='random' has nothing to "
+                "choose from: a reply without an action ends the episode. Say invalid_action='end' or 'retry' to "
+                "choose.",
+                stacklevel=3,
             )
         return Briefing.of(env)
     finally:
         env.close()
+
+
+def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    env = factory()
+    try:
+        _, info = env.reset(seed=row["seed"], options=row.get("options"))
+    except BaseException:
+        with suppress(Exception):
+            env.close()
+        raise
+    return env, info
 
 
 def check_dataset(dataset: Any, at_least: int = 0) -> None:

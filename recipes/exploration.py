@@ -1,0 +1,142 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+Ways to explore, side by side: each mechanism of "LLMs are Greedy Agents" (section 4.4) alone and with RLFT, on a
+bandit and a model that is greedy to begin with.
+
+    accelerate launch recipes/exploration.py                              # a small greedy model: on any computer
+    accelerate launch recipes/exploration.py --model_name_or_path google/gemma-2-2b-it --max_steps 0   # no training
+
+Without --config it runs recipes/configs/exploration_tiny.yaml; without --model_name_or_path it makes a small model and
+warms it up on a greedy player's episodes. A model that is trained is not trained again. recipes/README.md says what to
+expect.
+"""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import ModelConfig
+
+from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
+from trl_agents.agents import GreedyAgent
+from trl_agents.episodes import sample_episodes
+from trl_agents.evaluation import held_out_seeds, play_agents, summarize
+from trl_agents.plots import plot_learning_curve
+from trl_agents.questions import load_model
+from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.report import report_stages
+from trl_agents.stages import Stages, last_checkpoint
+from trl_agents.tiny import make_tiny_model
+
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "exploration_tiny.yaml"
+MEASURES = ("coverage", "regret", "invalid_rate")
+
+
+@dataclass
+class ScriptArguments:
+    """Arguments of the recipe."""
+
+    env_id: str = field(default="trl_agents/Bandit-v0", metadata={"help": "Id of the environment."})
+    mechanisms: list[str] = field(
+        default_factory=lambda: ["none", "try_all", "epsilon_greedy=0.1"],
+        metadata={"help": "What to compare: none, or as for `exploration`; + joins several, try_all+context_summary."},
+    )
+    players: list[str] = field(
+        default_factory=lambda: ["random", "ucb"], metadata={"help": "Scripted players to compare with."}
+    )
+    num_eval_episodes: int = field(default=64, metadata={"help": "Held-out episodes of each evaluation."})
+    num_transcripts: int = field(default=1000, metadata={"help": "Episodes that warm up the small model."})
+    transcript_epsilon: float = field(
+        default=0.1, metadata={"help": "How often the greedy player of these episodes plays at random."}
+    )
+
+
+def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
+    check_stages(training_args, model_args, uses=["dtype", "attn_implementation"])
+    if training_args.exploration:
+        raise ValueError(f"exploration={training_args.exploration}: here `mechanisms` says what to compare.")
+    arguments = {}
+    for name in script_args.mechanisms:
+        folder = Path(training_args.output_dir) / f"rlft_{name}"
+        exploration = [] if name == "none" else name.split("+")
+        arguments[name] = stage_arguments(training_args, folder, exploration=exploration)
+        check_run(script_args.env_id, arguments[name])
+    loading = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
+    temperature = training_args.temperature
+    if training_args.eval_temperature is not None:
+        temperature = training_args.eval_temperature
+    env_kwargs = training_args.env_kwargs or {}
+    reading = {"context": training_args.context, "window": training_args.window}
+
+    def warm_up(folder):
+        make_tiny_model(
+            functools.partial(make_env, script_args.env_id, **env_kwargs),
+            folder,
+            n_transcripts=script_args.num_transcripts,
+            agent=GreedyAgent(untried=0.0, epsilon=script_args.transcript_epsilon),
+            seed=training_args.seed,
+            use_cpu=training_args.use_cpu,
+            disable_tqdm=training_args.disable_tqdm,
+            **reading,
+        )
+
+    def fine_tune(folder, args):
+        args.model_init_kwargs = loading
+        trainer = AgentGRPOTrainer(
+            str(start),
+            env=script_args.env_id,
+            args=args,
+            processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.save_model(folder)
+        trainer.create_model_card()
+        if trainer.is_world_process_zero():
+            plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
+
+    seeds = held_out_seeds(script_args.num_eval_episodes)
+
+    def play(folder, exploration):
+        model, tokenizer = load_model(folder, training_args.device, **loading)
+        return sample_episodes(
+            model,
+            tokenizer,
+            script_args.env_id,
+            seeds,
+            env_kwargs=env_kwargs,
+            exploration=exploration,
+            max_new_tokens=training_args.max_completion_length,
+            temperature=temperature,
+            chat_template_kwargs=training_args.chat_template_kwargs,
+            progress=not training_args.disable_tqdm,
+            **reading,
+        )
+
+    stages = Stages(
+        training_args.output_dir,
+        model=model_args.model_name_or_path,
+        env=[script_args.env_id, env_kwargs],
+        seed=training_args.seed,
+    )
+    warmth = {"transcripts": [script_args.num_transcripts, script_args.transcript_epsilon], **reading}
+    start = model_args.model_name_or_path or stages.run("warmup", warm_up, **warmth)
+
+    before = play_agents(script_args.env_id, script_args.players, seeds, env_kwargs=env_kwargs)
+    after, folders = {}, []
+    for name, args in arguments.items():
+        before[name] = play(start, args.exploration)
+        if training_args.max_steps == 0:
+            continue
+        make = functools.partial(fine_tune, args=args)
+        folders.append(stages.run(f"rlft_{name}", make, **{**warmth, **trainer_settings(args)}))
+        after[name] = play(folders[-1], args.exploration)
+    tables = {"": summarize(before), ", RLFT": summarize(after)}
+    columns = {f"{measure}{when}": table[measure] for measure in MEASURES for when, table in tables.items() if table}
+    title = f"{len(seeds)} held-out episodes"
+    report_stages(training_args.output_dir, columns, title, folders=folders, shares=False, label="mechanism")
+
+
+if __name__ == "__main__":
+    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))

@@ -1,0 +1,377 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""The command `trl-agents`: what each command writes and says, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from scripted import save_tiny_model
+
+from trl_agents.cli import main
+from trl_agents.cli.named import close_to
+from trl_agents.cli.play import read_action
+from trl_agents.cli.players import name_player, name_players
+from trl_agents.viewer import read_records
+
+
+BANDIT = "trl_agents/Bandit-v0"
+SMALL = '{"n_arms": 3, "horizon": 4, "distribution": "bernoulli"}'
+COMMAND = [sys.executable, "-m", "trl_agents"]
+
+
+def answers(monkeypatch, *lines):
+    """A person who writes `lines` and then presses Ctrl-D; an exception is raised as it stands."""
+    waiting = iter(lines)
+
+    def read(prompt=""):
+        print(prompt, end="")
+        line = next(waiting, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def error_of(capsys, *arguments):
+    """What `trl-agents` says to a mistake: one line, and the exit code 2."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("trl-agents: error: ") and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+# -- the command as such ----------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once():
+    """Well under a second of computing time, and torch is not loaded. (Not wall time: machines are shared.)"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and all(name in done.stdout for name in ("play", "eval", "diagnose", "view"))
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1.0
+    code = "import sys; from trl_agents.cli import make_parser; make_parser(); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=120).strip() == "False"
+
+
+@pytest.mark.parametrize("command", ["play", "eval", "diagnose", "view"])
+def test_each_command_helps_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and "examples:" in text and f"trl-agents {command} " in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["pley"], ["play"], ["play", BANDIT, "--seed", "-1"], ["eval", "--env_kwargs"]]
+)
+def test_usage_errors_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_console_script_and_assets_are_declared():
+    import tomllib
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"trl-agents": "trl_agents.cli:main"}
+    assert project["tool"]["setuptools"]["package-data"] == {"trl_agents": ["assets/*"]}
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["play", "trl_agents/Bandid-v0"],
+            ["no environment 'trl_agents/Bandid-v0'", "Did you mean trl_agents/Bandit-v0"],
+        ),
+        (["play", "TicTacTo-v0"], ["Did you mean trl_agents/TicTacToe-v0?"]),
+        (["play", "CartPol-v1"], ["Did you mean CartPole-v1"]),
+        (["play", "CartPole-v1"], ["is no text environment", "`instructions`"]),
+        (["play", "no_such_module:Env-v0"], ["no_such_module"]),
+        (["play", BANDIT, "--env_kwargs", '{"n_arm": 3}'], ["no argument 'n_arm'", "Did you mean n_arms?", "horizon"]),
+        (["play", BANDIT, "--env_kwargs", '{"n_arms": 1}'], ["n_arms=1", "at least 2"]),
+        (["play", BANDIT, "--player", "minimax"], ["'minimax' cannot play trl_agents/Bandit-v0", "board"]),
+        (["eval", "ucbb"], ["no player 'ucbb'", "Did you mean ucb", "random, greedy, ucb"]),
+        (["eval", "random", "random"], ["Two players are called 'random'", "before=MODEL"]),
+        (["eval", "./nothing"], ["There is no folder ./nothing"]),
+        (["eval", "random", "--env", "Bandits-v0"], ["Did you mean trl_agents/Bandit-v0?"]),
+        (["diagnose", "ucb", "--output_dir", "x", "--env", "Bandits-v0"], ["Did you mean trl_agents/Bandit-v0?"]),
+        (["view", "nothing.jsonl"], ["There is no file or folder nothing.jsonl"]),
+    ],
+)
+def test_mistakes_are_one_line(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = error_of(capsys, *arguments)
+    assert all(part in error for part in told), error
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_env_kwargs_must_be_an_object(capsys):
+    for value in ("{n_arms: 3}", "[1]", ""):
+        with pytest.raises(SystemExit) as left:
+            main(["play", BANDIT, "--env_kwargs", value])
+        assert left.value.code == 2 and "JSON" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for command in (["eval", "random"], ["diagnose", "random"]):
+        error = error_of(capsys, *command, "--output_dir", str(tmp_path / "file" / "out"))
+        assert "cannot be written" in error and "file/out" in error
+
+
+def test_a_folder_without_a_model_names_its_checkpoints(capsys, tmp_path):
+    assert "holds no model" in error_of(capsys, "eval", str(tmp_path))
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    assert f"Did you mean {tmp_path / 'run' / 'checkpoint-20'}?" in error_of(capsys, "eval", str(tmp_path / "run"))
+    assert "Did you mean" in error_of(capsys, "eval", str(tmp_path / "rum"))  # a sibling's name
+
+
+def test_a_model_the_hub_does_not_give(capsys, tmp_path):
+    error = error_of(capsys, "eval", "nobody/no-such-model", "--output_dir", str(tmp_path))
+    assert "No model could be loaded from 'nobody/no-such-model'" in error
+
+
+def test_a_file_that_is_no_episodes_file(capsys, tmp_path):
+    (tmp_path / "notes.jsonl").write_text('{"turns": [{"text": "a"}]}\n{"a": 1}\n')
+    for path in (tmp_path / "notes.jsonl", tmp_path):
+        assert "line 2: this is no episode" in error_of(capsys, "view", str(path))
+    (tmp_path / "empty").mkdir()
+    assert "holds no episodes file" in error_of(capsys, "view", str(tmp_path / "empty"))
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="no environment"):
+        main(["play", "nothing", "--debug"])
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    from trl_agents.cli import play
+
+    monkeypatch.setattr(play, "run", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["play", BANDIT])
+
+
+def test_close_to():
+    assert close_to("bandit", ["trl_agents/Bandit-v0", "x"]) == " Did you mean trl_agents/Bandit-v0?"
+    assert close_to("a", ["b"], ["aa"]) == " Did you mean aa?"
+    assert close_to("zebra", ["b"], []) == ""
+
+
+# -- play -------------------------------------------------------------------------------------------------------------
+
+
+def play_best_known(seed, actions):
+    """Return and regret of `actions`, from the environment itself."""
+    from trl_agents import make_env
+
+    env = make_env(BANDIT, **json.loads(SMALL))
+    env.reset(seed=seed)
+    steps = [env.step(action) for action in actions]
+    return sum(step[1] for step in steps), sum(step[4]["regret"] for step in steps)
+
+
+def test_a_person_plays(monkeypatch, capsys, tmp_path):
+    answers(monkeypatch, "blu", "GREEN", "?", " red ", "", "ACTION=blue", "ACTION=mauve", "red")
+    saved = tmp_path / "mine.jsonl"
+    assert main(["play", BANDIT, "--env_kwargs", SMALL, "--seed", "5", "--save", str(saved)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("You face a bandit problem") == 2  # once more for `?`
+    assert "Legal actions: blue, green, red" in text
+    assert "'blu' is no legal action. Did you mean blue? Write one of: blue, green, red" in text
+    assert "'ACTION=mauve' is no legal action." in text
+    return_, regret = play_best_known(5, ["green", "red", "blue", "red"])
+    assert f"Return {return_:.2f} in 4 steps, regret {regret:.2f}" in text and "Seed 5." in text
+    [record] = read_records(saved)
+    assert [turn["action"] for turn in record["turns"]] == ["green", "red", "blue", "red"]
+    assert (record["player"], record["seed"], record["stop"]) == ("you", 5, "terminated")
+
+
+@pytest.mark.parametrize("end", ["quit", "q", EOFError, KeyboardInterrupt])
+def test_a_person_leaves(monkeypatch, capsys, end):
+    answers(monkeypatch, "blue", end)
+    assert main(["play", BANDIT, "--env_kwargs", SMALL, "--seed", "5"]) == 0
+    return_, regret = play_best_known(5, ["blue"])
+    captured = capsys.readouterr()
+    assert f"Return {return_:.2f} so far, left after 1 step, regret {regret:.2f}" in captured.out
+    assert captured.err == ""
+
+
+def test_a_person_plays_tic_tac_toe(monkeypatch, capsys):
+    """Against the optimal opponent: two in a row are answered, and the outcome is told."""
+    answers(monkeypatch, *"012345678", *"012345678")
+    assert main(["play", "trl_agents/TicTacToe-v0", "--env_kwargs", '{"opponent": "optimal"}', "--seed", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "Legal actions: 0, 1, 2, 3, 4, 5, 6, 7, 8" in text and "Return -1.00" in text and ", loss. Seed 1." in text
+
+
+def test_the_same_seed_is_the_same_episode_for_players(capsys):
+    texts = []
+    for _ in range(2):
+        assert main(["play", BANDIT, "--env_kwargs", SMALL, "--seed", "3", "--player", "ucb"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    return_, regret = play_best_known(3, [line[2:] for line in texts[0].splitlines() if line.startswith("> ")])
+    assert f"Return {return_:.2f} in 4 steps, regret {regret:.2f}" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("written", "legal_actions", "action"),
+    [
+        ("blue", ["blue", "red"], "blue"),
+        ("BLUE", ["blue", "red"], "blue"),
+        ("A", ["a", "A"], "A"),
+        ("b", ["B", "bb"], "B"),
+        ("Action: red", ["blue", "red"], "red"),
+        ("bluered", ["blue", "red"], None),
+        ("", ["blue"], None),
+        ("anything", None, "anything"),
+        ("ACTION=this", None, "this"),
+        ("quit", None, None),
+        ("quit", ["quit"], "quit"),
+    ],
+)
+def test_read_action(written, legal_actions, action):
+    assert read_action(written, legal_actions) == action
+
+
+def test_ctrl_c_at_the_terminal_is_no_traceback():
+    command = [*COMMAND, "play", BANDIT, "--env_kwargs", SMALL, "--seed", "1"]
+    playing = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    text = b""
+    while not text.endswith(b"\n> "):
+        chunk = os.read(playing.stdout.fileno(), 4096)
+        assert chunk, playing.stderr.read()
+        text += chunk
+    time.sleep(0.2)  # until it waits for the line
+    playing.send_signal(signal.SIGINT)
+    out, err = playing.communicate(timeout=60)
+    assert playing.returncode == 0 and err == b"" and b"left after 0 steps" in out
+
+
+def test_output_that_nobody_reads_on():
+    many = '{"horizon": 5000}'  # more text than a pipe holds
+    done = subprocess.run(
+        f"{sys.executable} -m trl_agents play {BANDIT} --player random --seed 1 --env_kwargs '{many}' | head -1;"
+        " echo ${PIPESTATUS[0]}",
+        shell=True, executable="/bin/bash", capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and done.stdout.splitlines()[-1] == "0"
+
+
+# -- eval, diagnose, view ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model as small as can be, of random weights."""
+    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_eval_compares_players_and_models_on_the_same_seeds(capsys, tmp_path, model):
+    folder = tmp_path / "eval"
+    arguments = ["--env_kwargs", SMALL, "--num_episodes", "4", "--max_new_tokens", "6", "--output_dir", str(folder)]
+    assert main(["eval", "random", "ucb", f"mine={model}", *arguments, "--context", "window"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for measure in ("return", "regret", "coverage", "invalid_rate"):
+        assert list(metrics[measure]) == ["random", "ucb", "mine"]
+        for value in metrics[measure].values():
+            assert f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]" in captured.out
+    assert metrics["settings"]["env_kwargs"] == json.loads(SMALL)
+    records = read_records(folder / "episodes.jsonl")
+    seeds = [[record["seed"] for record in records if record["player"] == name] for name in ("random", "ucb", "mine")]
+    assert seeds[0] == seeds[1] == seeds[2] and len(set(seeds[0])) == 4
+    returns = [record["return"] for record in records if record["player"] == "mine"]
+    assert metrics["return"]["mine"]["mean"] == pytest.approx(sum(returns) / 4)
+    assert (folder / "regret.png").read_bytes().startswith(b"\x89PNG") and (folder / "episodes.html").exists()
+
+
+def test_eval_without_regret(capsys, tmp_path):
+    arguments = ["--env", "trl_agents/TicTacToe-v0", "--num_episodes", "3", "--output_dir", str(tmp_path)]
+    assert main(["eval", "random", "best=minimax", *arguments]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "regret" not in metrics and metrics["return"]["best"]["mean"] >= metrics["return"]["random"]["mean"]
+    assert (tmp_path / "measures.png").exists() and "measures.png" in capsys.readouterr().out
+
+
+def test_name_player(tmp_path, model, monkeypatch):
+    assert (name_player("ucb").label, name_player("ucb").is_scripted) == ("ucb", True)
+    assert (name_player("a=ucb").label, name_player("a=ucb").source) == ("a", "ucb")
+    assert name_player(f"{model}/").label == model and not name_player(model).is_scripted
+    assert name_player("Qwen/Qwen3-0.6B").source == "Qwen/Qwen3-0.6B"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1" / "config.json").write_text("{}")
+    assert name_player("lr=1").source == "lr=1"  # a folder's own name
+    assert [player.label for player in name_players(["a=ucb", "ucb"])] == ["a", "ucb"]
+
+
+def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
+    settings = ["--env_kwargs", SMALL, "--num_instances", "2", "--max_new_tokens", "6", "--max_new_tokens_ucb", "6"]
+    before, after = tmp_path / "before", tmp_path / "after"
+    assert main(["diagnose", "random", *settings, "--output_dir", str(before)]) == 0
+    assert "trl-agents: note: knowing_doing is left out" in capsys.readouterr().err
+    parts = ["--parts", "greediness", "knowing_doing"]
+    assert (
+        main(["diagnose", f"mine={model}", *settings, *parts, "--output_dir", str(after), "--compare", str(before)])
+        == 0
+    )
+    assert f"Report: {after / 'report.html'}" in capsys.readouterr().out
+    diagnosis = json.loads((after / "diagnostics.json").read_text())
+    assert diagnosis["player"] == "mine" and set(diagnosis["parts"]) == {"greediness", "knowing_doing"}
+    report = (after / "report.html").read_text()
+    assert "Diagnosis of random and mine" in report and 'href="../before/episodes.html"' in report
+    mean = diagnosis["parts"]["greediness"]["measures"]["regret"]["mine"]["mean"]
+    assert f"<span>{mean:.2f} " in report and "it was not measured" not in report
+    assert len(read_records(after / "episodes.jsonl")) == 4 and (after / "episodes.html").exists()
+    # The folder alone makes both pages anew
+    (after / "report.html").unlink()
+    (after / "episodes.html").unlink()
+    assert main(["view", str(after)]) == 0
+    assert "4 episodes" in capsys.readouterr().out and "read the episodes" in (after / "report.html").read_text()
+    error = error_of(capsys, "diagnose", "random", "--output_dir", str(tmp_path / "c"), "--compare", str(tmp_path))
+    assert "there is no" in error and "diagnostics.json" in error
+
+
+def test_view_a_file_a_folder_and_another_place(capsys, tmp_path, monkeypatch):
+    (tmp_path / "round_1").mkdir()
+    row = {"turns": [{"text": "ACTION=a", "reward": 1}], "seed": 0}
+    (tmp_path / "round_1" / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "more.jsonl").write_text(json.dumps({**row, "player": "ucb"}) + "\n")
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')  # no episodes: passed over in a folder
+    assert main(["view", str(tmp_path / "more.jsonl")]) == 0
+    assert (tmp_path / "more.html").exists() and "1 episode:" in capsys.readouterr().out
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    assert main(["view", str(tmp_path), "--output", str(tmp_path / "all" / "page.html"), "--open"]) == 0
+    assert opened == [(tmp_path / "all" / "page.html").as_uri()]
+    page = (tmp_path / "all" / "page.html").read_text()
+    assert '"player":"ucb"' in page and '"player":"round_1/episodes"' in page
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in error_of(
+        capsys, "view", str(tmp_path), "--output", str(tmp_path / "file" / "x.html")
+    )

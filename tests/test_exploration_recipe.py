@@ -1,0 +1,63 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`recipes/exploration.py` as a user runs it, with everything small: the table, what is kept, mistakes told first."""
+
+import json
+
+import pytest
+from recipe_runs import parse, recipe
+
+
+SMALL = ["--num_transcripts", 12, "--num_eval_episodes", 4, "--env_kwargs", '{"n_arms": 3, "horizon": 4}']
+SMALL += ["--max_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 2, "--rollout_batch_size", 8]
+SMALL += ["--use_cpu", "--disable_tqdm", "true", "--logging_steps", 1]
+NAMES = ["none", "try_all", "context_randomization+context_summary"]
+
+
+def run(output_dir, *arguments, names=NAMES):
+    module = recipe("exploration")
+    settings = parse(module, module.DEFAULT_CONFIG, "--output_dir", output_dir, *SMALL, *arguments)
+    settings[0].mechanisms = list(names)
+    module.main(*settings)
+    return json.loads((output_dir / "metrics.json").read_text())
+
+
+def test_every_mechanism_before_and_after(tmp_path, capsys):
+    table = run(tmp_path)
+    columns = [f"{measure}{when}" for measure in ("coverage", "regret", "invalid_rate") for when in ("", ", RLFT")]
+    assert list(table) == columns
+    for column, row in table.items():
+        assert list(row) == ([*NAMES] if column.endswith("RLFT") else ["random", "ucb", *NAMES])
+    # Three arms, four steps: whatever the model does, each has been tried
+    assert table["coverage"]["try_all"]["mean"] == table["coverage, RLFT"]["try_all"]["mean"] == 1.0
+    assert (tmp_path / "measures.png").stat().st_size > 10_000
+    for name in NAMES:
+        card = (tmp_path / f"rlft_{name}" / "README.md").read_text()
+        assert "## Results" in card and f"| {name} |" in card
+        assert (tmp_path / f"rlft_{name}" / "learning_curve.png").exists()
+    # Nothing is trained twice, and a mechanism can be added
+    stamps = {path: path.stat().st_mtime for path in tmp_path.glob("*/model.safetensors")}
+    more = run(tmp_path, names=[*NAMES, "epsilon_greedy=0.5"])
+    assert list(more["coverage, RLFT"]) == [*NAMES, "epsilon_greedy=0.5"]
+    assert more["regret, RLFT"]["none"] == table["regret, RLFT"]["none"]
+    assert all(path.stat().st_mtime == stamp for path, stamp in stamps.items())
+
+
+def test_without_training(tmp_path):
+    table = run(tmp_path, "--max_steps", 0, names=["none", "self_consistency=2"])
+    assert list(table) == ["coverage", "regret", "invalid_rate"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["warmup"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names", "said"),
+    [
+        (["--exploration", "try_all"], NAMES, "`mechanisms` says"),
+        ([], ["try_everything"], "'try_everything' is unknown"),
+        (["--context", "chat"], NAMES, "context='window'"),
+        ([], ["self_correction+self_consistency"], "use one of them"),
+    ],
+)
+def test_mistakes_are_told_first(tmp_path, arguments, names, said):
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "out", *arguments, names=names)
+    assert not (tmp_path / "out").exists()

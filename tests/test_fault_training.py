@@ -1,0 +1,163 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Training with environments that fail."""
+
+import itertools
+import multiprocessing
+
+import pytest
+from fault_checks import check_nonce, echo, env_threads, wait_until
+from faulty_env import Moody, Nonce
+from scripted import ScriptedTrainer, make_config, save_tiny_model
+
+from trl_agents.rollout.faults import Fault
+from trl_agents.rollout.generation import Reply
+from trl_agents.rollout.processes import EnvProcess
+
+
+class Echo:
+    """A backend that says what the last observation asks for."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.replies = tokenizer, []
+
+    busy = property(lambda self: bool(self.replies))
+
+    def submit(self, slot, prompt_ids, max_new_tokens, rng):
+        ids = self.tokenizer.encode(echo(self.tokenizer.decode(prompt_ids)))
+        self.replies.append((slot, Reply((*ids, self.tokenizer.eos_token_id), cut_off=False)))
+
+    def step(self):
+        replies, self.replies = self.replies, []
+        return replies
+
+    def drain(self):
+        pass
+
+
+class EchoTrainer(ScriptedTrainer):
+    """Checks each rollout."""
+
+    def _make_backend(self, *args):
+        return Echo(self.text_tokenizer)
+
+    def _record(self, trajectories, clock, mode):
+        self.healthy = [trajectory for trajectory in trajectories if not trajectory.stop.is_fault]
+        check_nonce(self.healthy)
+        self.counts = [*getattr(self, "counts", []), (len(self.healthy), len(trajectories), clock.faults)]
+        super()._record(trajectories, clock, mode)
+
+
+@pytest.mark.filterwarnings("ignore:.*were lost to a fault")
+@pytest.mark.parametrize("max_steps", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_crashes_in_5_and_hangs_in_2_of_100_steps_train_to_the_end(tmp_path, max_steps):
+    texts = ["Say it. say w0123456789", *(f"ACTION=w{number:06d}" for number in range(0, 10**6, 99991))]
+    folder = save_tiny_model(tmp_path / "model", texts)
+    args = make_config(
+        tmp_path / "out",
+        max_steps=max_steps,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=32,
+        advantage_estimator="group",
+        env_timeout=0.2,
+        env_reset_timeout=5.0,
+    )
+    before = env_threads()
+    trainer = EchoTrainer(folder, env=Moody, args=args)
+    trainer.train()
+    assert trainer.state.global_step == max_steps
+    kept, played = (sum(counts[n] for counts in trainer.counts) for n in range(2))
+    assert played == 8 * max_steps and kept >= 0.95 * played
+    logs = [log for log in trainer.state.log_history if "agents/lost_share" in log]
+    assert len(logs) == max_steps
+    assert sum(log["agents/fault_crash"] for log in logs) > 0 and sum(log["agents/retried_share"] for log in logs) > 0
+    if max_steps > 50:
+        calls = sum(counts[2].calls for counts in trainer.counts)
+        steps = calls - sum(counts[2].kinds[Fault.CRASH] + 8 for counts in trainer.counts)
+        assert sum(counts[2].kinds[Fault.CRASH] for counts in trainer.counts) / steps == pytest.approx(0.05, abs=0.02)
+    assert wait_until(lambda: env_threads() == before)
+
+
+class Fails(Nonce):
+    def step(self, action):
+        raise ConnectionError("gone")
+
+
+@pytest.mark.filterwarnings("ignore:.*were lost to a fault")
+@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.5, 1), (1.0, 4)])
+def test_training_stops_above_a_share(tmp_path, share, steps):
+    folder = save_tiny_model(tmp_path / "model")
+    args = make_config(tmp_path / "out", max_steps=4, max_fault_share=share, advantage_estimator="group")
+    trainer = EchoTrainer(folder, env=Fails, args=args)
+    if steps == 4:
+        trainer.train()
+    else:
+        told = (
+            rf"max_fault_share={share}.*seed \d, turn 0: ConnectionError: gone \(test_fault_training.py.*env_timeout"
+        )
+        with pytest.raises(RuntimeError, match=told):
+            trainer.train()
+    assert trainer.state.global_step == steps
+    assert env_threads() == []
+
+
+class Interrupted(Echo):
+    """Ctrl-C at the third reply."""
+
+    replied = 0
+
+    def step(self):
+        Interrupted.replied += 1
+        if Interrupted.replied == 3:
+            raise KeyboardInterrupt
+        return super().step()
+
+
+def test_ctrl_c_leaves_no_threads(tmp_path):
+    closed = []
+
+    class Closing(Nonce):
+        def close(self):
+            closed.append(True)
+
+    trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=Closing, args=make_config(tmp_path / "out"))
+    trainer._make_backend = lambda *args: Interrupted(trainer.text_tokenizer)
+    closed.clear()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert wait_until(lambda: env_threads() == []) and len(closed) == 4
+
+
+def test_environments_in_processes(tmp_path):
+    args = make_config(tmp_path / "out", max_steps=1, env_processes=True, advantage_estimator="group")
+    args.max_completion_length = 32
+    trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=Nonce, args=args)
+    pools, make = [], trainer._make_pool
+    trainer._make_pool = lambda *arguments: pools.append(make(*arguments)) or pools[-1]
+    trainer.train()
+    assert trainer.counts[0][:2] == (4, 4) and pools[0].factory.func is EnvProcess
+    assert multiprocessing.active_children() == []
+
+
+def test_an_environment_that_fails_once_when_the_trainer_is_made(tmp_path):
+    attempts = itertools.count()
+
+    def factory():
+        if next(attempts) == 0:
+            raise OSError("the server is not up yet")
+        return Nonce()
+
+    trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=factory, args=make_config(tmp_path / "out"))
+    assert trainer.briefing.instructions == Nonce.instructions
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"env_reset_timeout": -1}, "env_reset_timeout=-1"),
+        ({"max_fault_share": 1.5}, "max_fault_share=1.5 is a share"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **settings)

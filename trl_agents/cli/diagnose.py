@@ -1,0 +1,91 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`trl-agents diagnose`: the failure modes of a model that acts, measured into one folder with a report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .named import DEFAULT_ENV, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
+from .players import add_model_arguments, load_model, name_player, shows_progress
+
+
+HELP = "measure greediness, frequency bias and the knowing-doing gap"
+DESCRIPTION = (
+    "Measure how a model fails where it should explore: greediness, frequency bias, and the gap between knowing and\n"
+    "doing. Everything goes into one folder: diagnostics.json, plots, episodes.jsonl and .html, and report.html.\n"
+    "What is measured is saved at once; the same command goes on where it was interrupted."
+)
+EXAMPLES = """\
+examples:
+  trl-agents diagnose outputs/grpo_bandit_tiny/warmup --output_dir outputs/diagnosis/before
+  trl-agents diagnose outputs/grpo_bandit_tiny --output_dir outputs/diagnosis/after --compare outputs/diagnosis/before
+  trl-agents diagnose ucb --env_kwargs '{"n_arms": 10}' --output_dir outputs/diagnosis/ucb
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("player", metavar="MODEL", help="folder of a model, a Hub id, or a scripted player")
+    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ID", help=f"environment (default: {DEFAULT_ENV})")
+    add_env_kwargs(parser)
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of this diagnosis")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of other diagnoses, which the report shows beside this one (first the one from before)",
+    )
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="of greediness, frequency_bias, knowing_doing")
+    parser.add_argument("--num_instances", type=positive, default=64, metavar="N", help="episodes (default: 64)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the sampling (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--max_new_tokens_ucb",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="where values are written (default: 2048)",
+    )
+    add_model_arguments(parser, context="window", temperature=0.0)
+
+
+def run(args: argparse.Namespace) -> int:
+    player = name_player(args.player)
+    make_named_env(args.env, args.env_kwargs).close()
+    folder = writable_folder(args.output_dir)
+    for other in args.compare:
+        if not (Path(other) / "diagnostics.json").exists():
+            raise ValueError(f"--compare {other}: there is no {Path(other) / 'diagnostics.json'}; diagnose it first.")
+
+    from ..actions import ActionParser
+    from ..diagnostics import diagnose
+    from ..diagnostics.report import write_report
+    from ..viewer import write_page
+    from .view import read_folder
+
+    source = player.source if player.is_scripted else load_model(player.source, args.device, args.dtype)
+    diagnose(
+        source,
+        args.env,
+        folder,
+        name=player.label,
+        **({"parts": args.parts} if args.parts else {}),
+        env_kwargs=args.env_kwargs,
+        n_instances=args.num_instances,
+        seed=args.seed,
+        parser=ActionParser(args.action_pattern),
+        context=args.context,
+        window=args.window,
+        chat_template_kwargs=args.chat_template_kwargs,
+        max_new_tokens=args.max_new_tokens,
+        max_new_tokens_ucb=args.max_new_tokens_ucb,
+        temperature=args.temperature,
+        n_slots=args.n_slots,
+        progress=shows_progress(args),
+    )
+    if any(folder.rglob("*.jsonl")):
+        write_page(folder / "episodes.html", read_folder(folder), title=f"Diagnosis of {player.label}")
+    report = write_report([*args.compare, folder], folder / "report.html")
+    print(f"Report: {report}")
+    return 0

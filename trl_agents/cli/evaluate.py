@@ -1,0 +1,115 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`trl-agents eval`: players and models on the same held-out episodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from ..page import describe_env
+from ..viewer import episode_record, write_page, write_records
+from .named import DEFAULT_ENV, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
+from .players import add_model_arguments, console, name_players, play_named, shows_progress
+
+
+if TYPE_CHECKING:
+    from ..evaluation import Interval
+
+
+HELP = "compare players and models on the same held-out episodes"
+DESCRIPTION = (
+    "Let players and models play the same held-out episodes (seeds apart from those of training), and compare them:\n"
+    "a table of means with 95% intervals, a plot, metrics.json, and the episodes to read (episodes.jsonl, .html)."
+)
+EXAMPLES = """\
+examples:
+  trl-agents eval random ucb thompson
+  trl-agents eval random ucb before=outputs/grpo_bandit_tiny/warmup after=outputs/grpo_bandit_tiny --context window
+  trl-agents eval random minimax Qwen/Qwen3-0.6B --env trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal"}'
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "players",
+        nargs="+",
+        metavar="PLAYER",
+        help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table",
+    )
+    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ID", help=f"environment (default: {DEFAULT_ENV})")
+    add_env_kwargs(parser)
+    parser.add_argument(
+        "--num_episodes", type=positive, default=64, metavar="N", help="held-out episodes (default: 64)"
+    )
+    parser.add_argument("--output_dir", default="outputs/eval", metavar="DIR", help="default: outputs/eval")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the models' sampling (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    players = name_players(args.players)
+    make_named_env(args.env, args.env_kwargs).close()
+    folder = writable_folder(args.output_dir)
+
+    from ..evaluation import held_out_seeds, summarize
+
+    seeds = held_out_seeds(args.num_episodes)
+    played = {}
+    for player in players:
+        played[player.label] = play_named(player, args, args.env, seeds, progress=shows_progress(args))
+    table = summarize(played)
+    for name, episodes in played.items():
+        if faults := sum(one.stop.is_fault for one in episodes):
+            warnings.warn(
+                f"The environment failed in {faults} of {name}'s episodes, which are left out.", stacklevel=2
+            )
+    title = describe_env(args.env, args.env_kwargs)
+    records = [
+        episode_record(trajectory, player=name, env_id=args.env, env_kwargs=args.env_kwargs)
+        for name, episodes in played.items()
+        for trajectory in episodes
+    ]
+    write_records(folder / "episodes.jsonl", records)
+    write_page(folder / "episodes.html", records, title=f"{title}: {', '.join(played)}")
+    metrics: dict[str, Any] = {
+        measure: {name: asdict(value) for name, value in row.items()} for measure, row in table.items()
+    }
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "quiet")}
+    metrics["settings"] = settings
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    picture = _plot(played, table, folder, title)
+    _show(table, f"{title}, {len(seeds)} held-out episodes, mean [95% interval]")
+    written = ", ".join(("metrics.json", picture, "episodes.jsonl", "episodes.html"))
+    console().print(f"Written to {folder}{os.sep}: {written}", markup=False)
+    return 0
+
+
+def _plot(played: Mapping[str, Any], table: Mapping[str, Mapping[str, Interval]], folder, title: str) -> str:
+    from ..plots import plot_measures, plot_regret
+
+    if "regret" in table:
+        plot_regret(played, folder / "regret.png", title)
+        return "regret.png"
+    plot_measures(table, folder / "measures.png", title)
+    return "measures.png"
+
+
+def _show(table: Mapping[str, Mapping[str, Interval]], title: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(title))
+    shown.add_column("player")
+    for measure in table:
+        shown.add_column(measure, justify="right")
+    for name in dict.fromkeys(name for row in table.values() for name in row):
+        shown.add_row(
+            Text(name), *(str(row[name]).replace("[", r"\[") if name in row else "" for row in table.values())
+        )
+    console().print(shown)

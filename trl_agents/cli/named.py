@@ -1,0 +1,126 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a command line names: environments and their arguments, folders, close matches of what is not there."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+
+from ..envs.make import make_env
+
+
+DEFAULT_ENV = "trl_agents/Bandit-v0"
+
+
+def add_env_kwargs(parser) -> None:
+    """Add `--env_kwargs`, which all commands that make an environment have."""
+    parser.add_argument(
+        "--env_kwargs",
+        type=as_object,
+        default={},
+        metavar="JSON",
+        help='arguments of the environment, such as \'{"n_arms": 10, "horizon": 20}\'',
+    )
+
+
+def as_object(text: str) -> dict[str, Any]:
+    """A JSON object from the command line, for argparse's `type`."""
+    import argparse
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error}): write '{{\"n_arms\": 10}}'") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object: write '{{\"n_arms\": 10}}'")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse's `type`."""
+    import argparse
+
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """A whole number of at least 0, for argparse's `type`: a seed."""
+    import argparse
+
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
+def close_to(name: str, *known: Iterable[str]) -> str:
+    """`" Did you mean ...?"`, if something is close to `name`, else nothing. The first `known` with a match counts."""
+    wanted = name.lower().rpartition("/")[2]  # also without a namespace or folder
+    for names in known:
+        short = {one.lower().rpartition("/")[2]: one for one in sorted(names, key=len, reverse=True)}
+        if matches := difflib.get_close_matches(wanted, short, n=2, cutoff=0.65):
+            return f" Did you mean {' or '.join(short[match] for match in matches)}?"
+    return ""
+
+
+def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
+    """
+    The environment that a user named.
+
+    Raises:
+        `ValueError`: that names what is close to it, if there is no such environment, or its arguments, if they do
+            not fit, or what is amiss, if it is none for text.
+    """
+    if ":" not in env_id:  # `module:id` is imported by Gymnasium first
+        try:
+            gymnasium.spec(env_id)
+        except gymnasium.error.Error:
+            ours = sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/"))
+            raise ValueError(
+                f"There is no environment {env_id!r}.{close_to(env_id, ours, gymnasium.registry)} Those of trl_agents "
+                f"are {', '.join(ours)}; of another package, say MODULE:ID."
+            ) from None
+    known = _arguments(env_id)
+    if known and (unknown := sorted(set(env_kwargs) - set(known))):
+        raise ValueError(
+            f"{env_id} has no argument {unknown[0]!r}.{close_to(unknown[0], known)} Its arguments: {', '.join(known)}."
+        )
+    env = make_env(env_id, **env_kwargs)
+    if not hasattr(env, "instructions"):
+        env.close()
+        raise ValueError(
+            f"{env_id} is no text environment: it has no `instructions`. `check_env` tells what one needs."
+        )
+    return env
+
+
+def _arguments(env_id: str) -> list[str]:
+    """The names of an environment's arguments; none, if it takes any or they cannot be told."""
+    try:
+        made_by = gymnasium.spec(env_id).entry_point
+        made_by = gymnasium.envs.registration.load_env_creator(made_by) if isinstance(made_by, str) else made_by
+        parameters = inspect.signature(made_by).parameters.values()
+    except (gymnasium.error.Error, ImportError, AttributeError, TypeError, ValueError):
+        return []
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return [] if takes_any else [parameter.name for parameter in parameters]
+
+
+def writable_folder(path: str) -> Path:
+    """Make the folder and try it, before anything is computed that is to be written there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"The folder {path} cannot be written ({error.strerror}): choose another.") from None
+    return folder

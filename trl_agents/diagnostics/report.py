@@ -1,0 +1,355 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+The report of one diagnosis, or of several side by side: one HTML file made of their `diagnostics.json`.
+
+Every part is optional, and so is every figure in it: what is missing is left out, and what was skipped says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..charts import line_chart, stacked_bars
+from ..page import describe_env, html_page, write_text
+
+
+TITLES = {
+    "greediness": "Greediness",
+    "frequency_bias": "Frequency bias",
+    "knowing_doing": "Knowing and doing",
+}
+
+READING = {
+    "greediness": (
+        "A greedy player stops trying actions early and stays with the best of those it knows. Read the curve: one "
+        "that flattens below 1 means that the other actions are never tried, however long the episode. Beside it, "
+        "suffix failure is the share of episodes whose second half never plays the best action; a low regret with "
+        "a high suffix failure was luck."
+    ),
+    "frequency_bias": (
+        "One action of a random history is repeated again and again, and the player is asked what it does next. A "
+        "frequency bias shows as the share “frequent”, which grows with the repetitions: the action is chosen because "
+        "it was seen often, although another paid more. Entropy that falls towards 0 means an ever surer player. "
+        "Answers are scored without a reasoning before them: a model that always reasons first has most of its "
+        "probability on no answer, and the shares are of the rest."
+    ),
+    "knowing_doing": (
+        "The player is told to act by UCB and to write the values first. “Correct” means that what it wrote leads to "
+        "the same action as the values computed anew; “optimal” that it played this action. Much in “correct, greedy” "
+        "is the gap: it knows what to explore, and exploits all the same. Cells are percent of all steps."
+    ),
+}
+
+# What the measures are, in the words of a table. Others are shown by their names.
+MEASURES = {
+    "coverage": "coverage at the end (actions tried)",
+    "chosen_coverage": "coverage by its own choice, without invalid replies",
+    "min_fraction": "rarest action's share × number of actions",
+    "greedy_fraction": "steps at which the best so far was played",
+    "suffix_failure": "suffix failure",
+    "optimal_share": "steps at which the best action was played",
+    "invalid_rate": "invalid replies",
+    "shortened": "episodes cut short",
+}
+
+
+def write_report(diagnoses: Sequence[str | Path | Mapping[str, Any]], path: str | Path | None = None) -> Path:
+    """
+    Write the report.
+
+    Args:
+        diagnoses (`Sequence`):
+            Folders with a `diagnostics.json`, such files, or what [`diagnose`] returned. Of several, the first is the
+            one from before.
+        path (`str` or `Path`, *optional*):
+            File to write. Defaults to `report.html` in the folder of the last one.
+
+    Returns:
+        `Path` of the file.
+    """
+    if not diagnoses:
+        raise ValueError("diagnoses=[]: give the folder of at least one diagnosis.")
+    folders = [None if isinstance(one, Mapping) else _folder(one) for one in diagnoses]
+    if path is None and folders[-1] is None:
+        raise ValueError("path=None needs a folder to write to: give a path, or the folder of the diagnosis.")
+    path = Path(path) if path is not None else folders[-1] / "report.html"
+    read = [one if isinstance(one, Mapping) else _read(one) for one in diagnoses]
+    named = dict(zip(_labels(read, folders), read, strict=True))
+    links = {
+        label: Path(os.path.relpath(folder / "episodes.html", path.parent)).as_posix()
+        for label, folder in zip(named, folders, strict=True)
+        if folder is not None and (folder / "episodes.html").exists()
+    }
+    title = f"Diagnosis of {' and '.join(named)}"
+    styles = ["page.css", "charts.css", "report.css"]
+    return write_text(path, html_page(title, _body(title, named, links), styles=styles))
+
+
+def _folder(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    path = path / "diagnostics.json" if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"There is no {path}: give the folder of a diagnosis.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error}).") from None
+    if not isinstance(found, dict) or not isinstance(found.get("parts"), dict):
+        raise ValueError(f"{path} is no diagnosis: it has no `parts`.")
+    return found
+
+
+def _labels(read: Sequence[Mapping[str, Any]], folders: Sequence[Path | None]) -> list[str]:
+    """
+    What each is called: its player, without the folders that all share, and with that of its diagnosis where players
+    have one name.
+    """
+    players = [str(one.get("player", "player")) for one in read]
+    shared = os.path.commonprefix([player.split("/")[:-1] for player in players]) if len(read) > 1 else []
+    players = [player.removeprefix("".join(f"{name}/" for name in shared)) for player in players]
+    labels = [
+        f"{player} ({folder.name})" if players.count(player) > 1 and folder is not None else player
+        for player, folder in zip(players, folders, strict=True)
+    ]
+    return [f"{label} {number}" if labels.count(label) > 1 else label for number, label in enumerate(labels, start=1)]
+
+
+def _body(title: str, named: Mapping[str, Mapping[str, Any]], links: Mapping[str, str]) -> str:
+    head = [f"<h1>{escape(title)}</h1>"]
+    for label, one in named.items():
+        env = one.get("env") or {}
+        played = describe_env(_setting(env.get("id")), env.get("kwargs") or {})
+        link = f' · <a href="{escape(links[label])}">read the episodes</a>' if label in links else ""
+        head.append(f'<p><strong>{escape(label)}</strong> <span class="muted">in {escape(played)}</span>{link}</p>')
+    head.append('<p class="muted">Brackets are 95% intervals over episodes.</p>')
+    draw: dict[str, Callable[[dict[str, Any]], str]] = {
+        "greediness": lambda parts: _greediness(parts, named),
+        "frequency_bias": _frequency_bias,
+        "knowing_doing": _knowing_doing,
+    }
+    sections = [_section(part, named, draw[part]) for part in TITLES]
+    return f"<main><header>{''.join(head)}</header>{''.join(sections)}{_settings(named)}</main>"
+
+
+def _section(part: str, named: Mapping[str, Mapping[str, Any]], draw: Callable[[dict[str, Any]], str]) -> str:
+    measured = {label: one["parts"][part] for label, one in named.items() if isinstance(one["parts"].get(part), dict)}
+    skipped = {label: reason for label, one in named.items() if (reason := (one.get("skipped") or {}).get(part))}
+    if not measured and not skipped:
+        skipped = {"": "it was not measured"}
+    notes = [
+        f'<p class="skipped"><strong>Left out{escape(f" for {label}" if label and len(named) > 1 else "")}:</strong> '
+        f"{escape(str(reason))}.</p>"
+        for label, reason in skipped.items()
+    ]
+    shown = f"{draw(measured)}{_invalid(part, named, measured)}" if measured else ""
+    return f'<section id="{part}"><h2>{TITLES[part]}</h2><p>{READING[part]}</p>{"".join(notes)}{shown}</section>'
+
+
+def _invalid(part: str, named: Mapping[str, Mapping[str, Any]], measured: Mapping[str, Any]) -> str:
+    """Always beside the figures: a random action in place of an invalid one explores too."""
+    cells = []
+    for label in measured:
+        rate = (named[label].get("invalid_rate") or {}).get(part)
+        mean = rate.get("mean") if isinstance(rate, Mapping) else None
+        said = _interval(rate, "{:.1%}") if _is_number(mean) else "not known"
+        style = ' class="warn"' if _is_number(mean) and mean > 0.05 else ""
+        cells.append(f"<span{style}>{escape(label) + ': ' if len(named) > 1 else ''}{said}</span>")
+    of = "Probability on no answer" if part == "frequency_bias" else "Invalid replies"
+    why = (
+        ""
+        if part == "frequency_bias"
+        else " A random action is played in place of an invalid one, which explores too."
+    )
+    return f'<p class="invalid"><strong>{of}:</strong> {"; ".join(cells)}.<span class="muted">{why}</span></p>'
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _greediness(parts: dict[str, Any], named: Mapping[str, Mapping[str, Any]]) -> str:
+    """Own players first, then the scripted references: once, where all have the same ones."""
+    curves: dict[str, Any] = {}
+    table: dict[str, dict[str, Any]] = {}
+    for label, part in parts.items():
+        own = str(named[label].get("player"))
+        names = {own: label}
+        for player, curve in _pairs(part.get("coverage_by_step")):
+            curves.setdefault(names.get(player, player), curve)
+        for measure, row in _pairs(part.get("measures")):
+            for player, value in _pairs(row):
+                table.setdefault(measure, {}).setdefault(names.get(player, player), value)
+    order = [*parts, *(name for row in [curves, *table.values()] for name in row if name not in parts)]
+    order = list(dict.fromkeys(order))
+    curves = {
+        name: curves[name] for name in order if isinstance(curves.get(name), Mapping) and curves[name].get("mean")
+    }
+    shown = ""
+    if curves:
+        steps = range(1, 1 + max(len(curve["mean"]) for curve in curves.values()))
+        shown = line_chart(curves, steps, x_label="step", y_label="share of actions tried", y_max=1.0)
+    rows = {
+        MEASURES.get(measure, measure.replace("_", " ")): [_interval(row.get(name)) for name in order]
+        for measure, row in table.items()
+    }
+    counts = [
+        f"{label}: {part['n_episodes']}" if len(parts) > 1 else str(part["n_episodes"])
+        for label, part in parts.items()
+        if part.get("n_episodes")
+    ]
+    episodes = f'<p class="muted">Episodes: {escape(", ".join(counts))}.</p>' if counts else ""
+    return shown + _table(["", *order], rows) + episodes
+
+
+def _frequency_bias(parts: dict[str, Any]) -> str:
+    curves, lines, x = {}, {}, []
+    for label, part in parts.items():
+        entropy = part.get("entropy")
+        if isinstance(entropy, Mapping) and entropy.get("mean"):
+            curves[label] = entropy
+            x = max(x, part.get("repetitions") or list(range(len(entropy["mean"]))), key=len)
+        if _is_number(part.get("max_entropy")):
+            lines = {f"all actions alike ({part['max_entropy']:.2f})": part["max_entropy"]}
+    shown = ""
+    if curves:
+        top = [
+            value
+            for curve in curves.values()
+            for value in [*curve["mean"], *(curve.get("high") or [])]
+            if _is_number(value)
+        ]
+        height = 1.05 * max([*lines.values(), *top], default=1.0)
+        labels = {"x_label": "repetitions of the last step", "y_label": "entropy, nats"}
+        shown = f"<h3>Entropy of the next action</h3>{line_chart(curves, x, **labels, y_max=height, lines=lines)}"
+    sides = []
+    for label, part in parts.items():
+        if bars := {window: _shares(row) for window, row in _pairs(part.get("windows"))}:
+            title = _of("Choices by number of repetitions", label, parts)
+            sides.append(f"<div><h3>{title}</h3>{stacked_bars(bars, ('frequent', 'greedy', 'other'))}</div>")
+    shown += f'<div class="sides">{"".join(sides)}</div>'
+    rows = {
+        "correlation of repetitions and entropy": [_plain(part.get("correlation")) for part in parts.values()],
+        "forward passes (one by one)": [
+            _pair(part.get("forward_passes"), part.get("naive_forward_passes")) for part in parts.values()
+        ],
+        "tokens (one by one)": [_pair(part.get("tokens"), part.get("naive_tokens")) for part in parts.values()],
+        "seconds": [_plain(part.get("seconds"), "{:,.1f}") for part in parts.values()],
+    }
+    return shown + _table(["", *parts], {name: row for name, row in rows.items() if any(row)})
+
+
+def _knowing_doing(parts: dict[str, Any]) -> str:
+    sides = []
+    for label, part in parts.items():
+        joint, conditional = (
+            {name: row for name, row in _pairs(part.get(of)) if row} for of in ("joint", "conditional")
+        )
+        doings = list(dict.fromkeys(doing for row in joint.values() for doing in row)) or [
+            "optimal",
+            "greedy",
+            "other",
+        ]
+        rows = {}
+        for knowing in ("correct", "wrong"):
+            row = joint.get(knowing) or {}
+            intervals = (part.get("joint_intervals") or {}).get(knowing) or {}
+            cells = [
+                _interval(intervals.get(doing), "{:.1f}") if doing in intervals else _plain(row.get(doing), "{:.1f}")
+                for doing in doings
+            ]
+            total = [value for value in row.values() if _is_number(value)]
+            rows[f"{knowing}"] = [*cells, f"{sum(total):.1f}" if total else ""]
+            if knowing == "correct" and conditional.get(knowing):
+                own = [_plain(conditional[knowing].get(doing), "{:.1f}") for doing in doings]
+                rows |= {"of the correct ones": [*own, "100.0"]} if any(own) else {}
+        counts = [f"{part['n_steps']:,} steps" if part.get("n_steps") is not None else ""]
+        counts.append(
+            f"{part['missing_block']:,} without readable values" if part.get("missing_block") is not None else ""
+        )
+        told = ", ".join(filter(None, counts))
+        sides.append(
+            f"<div><h3>{_of('Values written by action played, % of steps', label, parts)}</h3>"
+            f'{_table(["", *doings, "all"], rows, kind="")}<p class="muted">{told}.</p></div>'
+        )
+    return f'<div class="sides">{"".join(sides)}</div>'
+
+
+def _settings(named: Mapping[str, Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for one in named.values() for name in one.get("settings") or {}))
+    rows = {
+        name: [escape(_setting((one.get("settings") or {}).get(name))) for one in named.values()] for name in names
+    }
+    table = _table(["", *named], rows, kind="stacks words") if rows else "<p>None are told.</p>"
+    return f'<section id="settings"><h2>Settings</h2>{table}</section>'
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Mapping[str, Sequence[str]], kind: str = "stacks") -> str:
+    """A table of cells that are markup already. On a narrow screen each row of a "stacks" is a block of its own."""
+    top = "".join(f'<th scope="col">{_breakable(name)}</th>' for name in head)
+    body = []
+    for name, cells in rows.items():
+        shown = "".join(
+            f'<td data-of="{escape(column)}">{value and f"<span>{value}</span>"}</td>'
+            for column, value in zip(head[1:], cells, strict=True)
+        )
+        body.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
+    table = f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{table}</table></div>'
+
+
+def _breakable(name: str) -> str:
+    """A name whose line may break where a path or an identifier has a joint."""
+    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+
+
+def _interval(value: Any, form: str = "{:.2f}") -> str:
+    if not isinstance(value, Mapping) or not _is_number(value.get("mean")):
+        return ""
+    mean, low, high = value["mean"], value.get("low"), value.get("high")
+    span = f"[{form.format(low)}, {form.format(high)}]" if _is_number(low) and _is_number(high) else ""
+    return form.format(mean) + (f' <span class="range">{span}</span>' if span else "")
+
+
+def _plain(value: Any, form: str = "{:.2f}") -> str:
+    return form.format(value) if _is_number(value) else ""
+
+
+def _pair(value: Any, naive: Any) -> str:
+    if not _is_number(value):
+        return ""
+    return f"{value:,}" + (f' <span class="range">({naive:,})</span>' if _is_number(naive) else "")
+
+
+def _of(title: str, label: str, parts: Mapping[str, Any]) -> str:
+    return escape(f"{title}: {label}" if len(parts) > 1 else title)
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _shares(row: Any) -> dict[str, float]:
+    """Shares, also where a row has intervals or percent."""
+    values = {name: value.get("mean") if isinstance(value, Mapping) else value for name, value in _pairs(row)}
+    return {name: value for name, value in values.items() if _is_number(value)}
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

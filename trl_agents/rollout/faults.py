@@ -1,0 +1,157 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What counts as a fault of an environment, and how many there were."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..types import StopReason
+
+
+# Far beyond what any model reads at once, and little enough to be tokenised in passing.
+MAX_CHARACTERS = 500_000
+
+# How many faults are told word by word, and how long each may be.
+TOLD = 3
+ERROR_CHARACTERS = 500
+
+
+class Fault(StrEnum):
+    """How an environment failed. The values name the metrics `agents/fault_<kind>`."""
+
+    MAKE = "make"  # the factory raised
+    CRASH = "crash"  # `reset` or `step` raised, or its process ended
+    MALFORMED = "malformed"  # what it returned is not as agreed
+    TIMEOUT = "timeout"  # no answer in time
+
+    @property
+    def stop(self) -> StopReason:
+        """What it makes of an episode that cannot be begun again."""
+        return StopReason.ENV_TIMEOUT if self is Fault.TIMEOUT else StopReason.ENV_ERROR
+
+
+class RemoteFault(Exception):
+    """A fault in another process, described there."""
+
+    def __init__(self, fault: Fault, error: str):
+        super().__init__(error)
+        self.fault = fault
+
+
+@dataclass(slots=True)
+class FaultCounts:
+    """The faults of a rollout: `kinds` of `calls`, the episodes begun again and replaced, the first in words."""
+
+    calls: int = 0  # of `reset` and `step`
+    kinds: Counter = field(default_factory=Counter)
+    retried: int = 0  # episodes that were begun again at least once
+    replaced: int = 0  # episodes in whose place others were played
+    first: list[str] = field(default_factory=list)
+
+    def add(self, fault: Fault, error: str) -> None:
+        self.kinds[fault] += 1
+        if len(self.first) < TOLD:
+            self.first.append(error)
+
+
+def describe(exception: BaseException) -> str:
+    """An environment's exception in a line: what was raised, and where."""
+    if isinstance(exception, RemoteFault):
+        return str(exception)
+    text = "".join(traceback.format_exception_only(exception)).strip()
+    if len(text) > ERROR_CHARACTERS:
+        text = f"{text[:ERROR_CHARACTERS]}..."
+    *_, (frame, line) = traceback.walk_tb(exception.__traceback__)
+    path = Path(frame.f_code.co_filename)
+    if path.parent == Path(__file__).parent:  # it is we who complain
+        return text
+    return f"{text} ({path.name}, line {line}, in {frame.f_code.co_name})"
+
+
+def checked_reset(answer: Any) -> tuple:
+    """What `reset` returned, as the arguments of an [`EnvReply`]; raises if it is not as agreed."""
+    observation, info = _unpacked("reset", answer, "(observation, info)")
+    return _checked_text(observation), 0.0, False, False, _checked_info(info)
+
+
+def checked_step(answer: Any) -> tuple:
+    """What `step` returned, as the arguments of an [`EnvReply`]; raises if it is not as agreed."""
+    names = "(observation, reward, terminated, truncated, info)"
+    observation, reward, terminated, truncated, info = _unpacked("step", answer, names)
+    for name, flag in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"`step` returned {name}={_brief(flag)}, not a bool")
+    return _checked_text(observation), _checked_reward(reward), bool(terminated), bool(truncated), _checked_info(info)
+
+
+def _unpacked(call: str, answer: Any, names: str) -> tuple:
+    if not isinstance(answer, (tuple, list)) or len(answer) != names.count(",") + 1:
+        raise TypeError(f"`{call}` returned {_brief(answer)}, not {names}")
+    return tuple(answer)
+
+
+def _checked_reward(reward: Any) -> float:
+    try:
+        if isinstance(reward, (str, bytes)):
+            raise TypeError
+        reward = float(reward)
+    except Exception as error:
+        raise TypeError(f"`step` returned the reward {_brief(reward)}, not a number") from error
+    if not math.isfinite(reward):
+        raise ValueError(f"`step` returned the reward {reward}")
+    return reward
+
+
+def _checked_text(observation: Any) -> str:
+    if not isinstance(observation, str):
+        raise TypeError(f"the observation {_brief(observation)} is no str")
+    return _readable("observation", observation)
+
+
+def _checked_info(info: Any) -> dict[str, Any]:
+    """A copy, so that what an environment changes later does not change the past. What we read must be as agreed."""
+    if not isinstance(info, dict):
+        raise TypeError(f"the info {_brief(info)} is no dict")
+    info = dict(info)
+    if (actions := info.get("legal_actions")) is not None:
+        if not isinstance(actions, (list, tuple)) or not all(isinstance(action, str) for action in actions):
+            raise TypeError(f"info['legal_actions'] is {_brief(actions)}, no list of str")
+        info["legal_actions"] = list(actions)
+        for action in actions:
+            _encodable("legal action", action)
+    for name in ("instructions", "transition"):
+        if not isinstance(info.get(name, ""), str):
+            raise TypeError(f"info[{name!r}] is {_brief(info[name])}, no str")
+        _readable(name, info.get(name, ""))
+    return info
+
+
+def _readable(name: str, text: str) -> str:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"the {name} has {len(text):,} characters: {MAX_CHARACTERS:,} are the most")
+    return _encodable(name, text)
+
+
+def _encodable(name: str, text: str) -> str:
+    """Tokenizers raise on half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is no text that can be encoded ({error.reason})") from None
+    return text
+
+
+def _brief(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # even this is the environment's own code
+        text = "something that cannot be shown"
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
