@@ -147,7 +147,8 @@ class TestProcesses:
 
 
 INTERRUPTED = """
-import functools, sys
+import functools, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it as ignored
 sys.path[:0] = {path!r}
 from faulty_env import Doomed
 from trl_agents.rollout.workers import EnvPool
