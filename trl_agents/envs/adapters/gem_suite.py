@@ -56,8 +56,8 @@ class GemEnvironment:
 
     In games the rules are the instructions, and what follows (with GEM's `suffix`, the board) is observed; elsewhere
     the question is observed. The legal actions of some games are known ([`MOVES`]); in the others, and for questions,
-    any text may be answered: `invalid_action="random"` has nothing to choose from there, use `"end"` or `"retry"`. GEM
-    is given the action as `\boxed{action}`.
+    any text may be answered, and a reply without an answer ends the episode (or `invalid_action="retry"`). GEM is
+    given the action as `\boxed{action}`.
 
     An end that GEM calls terminated and truncated at once (its games' turn limits, which the rules announce and which
     are rewarded) is terminated.

@@ -21,8 +21,8 @@ class ReasoningGymQuestion:
     Questions of a reasoning-gym dataset: `"reasoning_gym:countdown"`. An episode is one question and one answer, a
     seed is one question. The reward is reasoning-gym's own score of the answer, from 0 to 1, partial scores included.
 
-    Any text may be answered, so nothing can be played in place of a missing answer: use `invalid_action="end"` (or
-    `"retry"`). Answers of several lines need a parser of their own, such as
+    Any text may be answered, so nothing can be played in place of a missing answer: a reply without one ends the
+    episode (or `invalid_action="retry"`). Answers of several lines need a parser of their own, such as
     `ActionParser(r"(?s)<answer>(.*?)</answer>")`, and a `how_to_answer` that asks for it.
 
     Args:

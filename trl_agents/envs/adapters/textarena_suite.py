@@ -54,7 +54,7 @@ class TextArenaGame:
     The rules, as TextArena words them for the agent's player, are the instructions; later messages are the
     observations. Where a game lists the moves or they are known ([`MOVES`]), they are the legal actions: what stands
     in the rules' square brackets, without the brackets. In the other games any text may be played, and TextArena
-    judges it: `invalid_action="random"` has nothing to choose from there, use `"end"` or `"retry"`.
+    judges it; a reply without an action ends the episode (or `invalid_action="retry"`).
 
     Args:
         game (`str`):

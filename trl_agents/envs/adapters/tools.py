@@ -30,8 +30,8 @@ class ToolEnvironment:
 
     Unlike in TRL an episode can end: with the action `finish`, when the environment's attribute `done` is true, or
     after `max_calls` calls. Then `get_reward` is asked, once. (`max_turns` of a trainer would end it unpaid: set
-    `max_calls`.) Any text may be an action, so nothing can be played in place of a missing one: use
-    `invalid_action="end"` or `"retry"`.
+    `max_calls`.) Any text may be an action, so nothing can be played in place of a missing one: a
+    reply without one ends the episode (or `invalid_action="retry"`).
 
     Args:
         environment (`str` or `Callable`):
