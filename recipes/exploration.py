@@ -133,7 +133,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         folders.append(stages.run(f"rlft_{name}", make, **{**warmth, **trainer_settings(args)}))
         after[name] = play(folders[-1], args.exploration)
     tables = {"": summarize(before), ", RLFT": summarize(after)}
-    columns = {f"{measure}{when}": table[measure] for measure in MEASURES for when, table in tables.items() if table}
+    known = [(measure, when, table) for measure in MEASURES for when, table in tables.items() if measure in table]
+    columns = {f"{measure}{when}": table[measure] for measure, when, table in known}
     title = f"{len(seeds)} held-out episodes"
     report_stages(training_args.output_dir, columns, title, folders=folders, shares=False, label="mechanism")
 

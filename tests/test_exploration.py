@@ -7,7 +7,8 @@ import random
 import pytest
 from scripted_rollout import Scripted, bandit, one_by_one, play, seeds, text_of, tokenizer
 
-from trl_agents.contexts import ChatContext, WindowContext
+from trl_agents.actions import ActionParser
+from trl_agents.contexts import Briefing, ChatContext, WindowContext
 from trl_agents.envs.bandit import Bandit
 from trl_agents.envs.tictactoe import TicTacToe
 from trl_agents.evaluation import play_model
@@ -35,7 +36,7 @@ class TestMechanisms:
         mechanism = explore("try_all")
         forced = [mechanism.force(Past(LEGAL, LEGAL[:n], (0.0,) * n), rng()) for n in range(4)]
         assert [pair and pair[0] for pair in forced] == ["blue", "green", "red", None]
-        assert "blue has not been tried yet" in forced[0][1]
+        assert "{action} has not been tried yet" in forced[0][1]
 
     def test_epsilon_greedy_forces_in_its_share_of_turns_and_uniformly(self):
         mechanism, chance = explore("epsilon_greedy=0.25"), rng()
@@ -102,6 +103,9 @@ class TestSettings:
             ("self_consistency=nan", "whole number"),
             ("exploration_bonus=-1", "positive"),
             ("self_correction=", "give a text"),
+            (5, "exploration=5"),
+            ([None], "exploration=None"),
+            ({"try_all": 1}, "give the names"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, spec, message):
@@ -116,15 +120,38 @@ class TestSettings:
         with pytest.raises(ValueError, match="context='window'"):
             play(bandit, one_by_one(), [Episode(0)], exploration=explore("context_randomization"))
 
-    def test_actions_that_change_cannot_be_renamed(self):
+    @pytest.mark.parametrize("name", ["context_randomization", "try_all", "exploration_bonus"])
+    def test_actions_that_change(self, name):
         with pytest.raises(ValueError, match="stay the same"):
+            play(TicTacToe, lambda prompt: "ACTION=4", [Episode(0)], context=WindowContext, exploration=explore(name))
+
+    def test_a_history_that_words_its_actions_otherwise_cannot_be_renamed(self):
+        class Talks(Bandit):
+            def step(self, action):
+                observation, *rest, info = super().step(action)
+                return observation, *rest, {**info, "transition": f"You played {action}."}
+
+        with pytest.raises(ValueError, match="no `Action=blue`|no `Action=green`"):
             play(
-                TicTacToe,
-                lambda prompt: "ACTION=4",
+                functools.partial(Talks, n_arms=2, horizon=3),
+                lambda prompt: "ACTION=blue",
                 [Episode(0)],
                 context=WindowContext,
                 exploration=explore("context_randomization"),
             )
+
+    @pytest.mark.parametrize("pattern", [r"(?s)(.+)", r"^\s*(\w+)"])
+    def test_what_is_forced_must_be_read_back(self, pattern):
+        """A thought hides the action from these patterns; the statement alone does not."""
+        (trajectory,) = play(
+            three_arms,
+            lambda prompt: "blue",
+            [Episode(0)],
+            parser=ActionParser(pattern),
+            exploration=explore("try_all"),
+        )
+        assert [turn.executed for turn in trajectory.turns[:3]] == list(LEGAL)
+        assert all(turn.parsed.is_valid and turn.penalty == 0.0 for turn in trajectory.turns)
 
     def test_none_is_none(self):
         assert not make_exploration(None) and isinstance(make_exploration([]), Exploration)
@@ -158,6 +185,45 @@ class TestInTheLoop:
             exploration=explore("try_all", f"thinking_budget={budget}"),
         )
         assert trajectory.turns[0].text == "ACTION=blue"
+
+    def test_a_budget_is_the_model_s_and_not_for_what_is_forced(self):
+        (trajectory,) = play(
+            three_arms,
+            lambda prompt: "ACTION=blue",
+            [Episode(0)],
+            exploration=explore("try_all", "thinking_budget=1"),
+        )
+        assert [turn.executed for turn in trajectory.turns[:3]] == list(LEGAL)
+
+    def test_without_room_for_a_second_reply_the_first_counts(self):
+        backend = Scripted(lambda prompt: "ACTION=green")
+        prompt = ChatContext(tokenizer()).begin(Briefing.of(bandit()), "", {}).prompt_ids
+        room = len(prompt) + len(tokenizer().encode("ACTION=green")) + 2
+        (trajectory,) = play(
+            bandit, backend, [Episode(0)], exploration=explore("self_correction"), max_length=room, max_new_tokens=8
+        )
+        first = trajectory.turns[0]
+        assert first.executed == "green" and first.drafts == () and list(first.input_ids) == prompt
+        assert trajectory.stop is StopReason.CONTEXT_FULL and len(backend.asked) == 1
+
+    def test_the_open_step_is_renamed_too(self):
+        class Recalls(Bandit):
+            def step(self, action):
+                observation, *rest, info = super().step(action)
+                return f"{observation}\nLast: Action={action}", *rest, info
+
+        backend = Scripted(lambda prompt: "ACTION=blue")
+        play(
+            functools.partial(Recalls, n_arms=3, horizon=12),
+            backend,
+            [Episode(0)],
+            context=WindowContext,
+            exploration=explore("context_randomization"),
+        )
+        for _, prompt, _ in backend.asked[1:]:
+            steps = [line for line in prompt.splitlines() if line.startswith("Step=")]
+            (recalled,) = [line for line in prompt.splitlines() if line.startswith("Last:")]
+            assert steps[-1].split("Action=")[1].split()[0] == recalled.split("Action=")[1]
 
     def test_a_budget_reaches_the_backend(self):
         backend = Scripted(lambda prompt: "ACTION=blue")

@@ -86,6 +86,12 @@ def test_training_with_every_mechanism(make_trainer):
     assert math.isfinite(trainer.state.log_history[0]["loss"])
 
 
+def test_without_an_environment_there_is_nothing_to_explore(tmp_path):
+    args = make_config(tmp_path / "out", exploration=["try_all"])
+    with pytest.raises(ValueError, match="no effect without `env`"):
+        ScriptedTrainer(save_tiny_model(tmp_path / "model"), args=args)
+
+
 def test_an_environment_without_the_argument_is_refused(make_trainer):
     with pytest.raises(ValueError, match="reasoning"):
         make_trainer(exploration=["no_reasoning"])

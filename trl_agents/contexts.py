@@ -109,7 +109,7 @@ class _Context:
         """The ids of a reply that somebody else writes in the model's place, as if the model had ended it."""
         ids = self._encode_after_reply(self._after_reply("?"))
         closing = [token for token in ids[:3] if token in self.eos_token_ids]
-        return [*self.encode(text), *(closing or [self.tokenizer.eos_token_id])[:1]]
+        return [*self.encode(text), *(closing or [self.tokenizer.eos_token_id or min(self.eos_token_ids)])[:1]]
 
     def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]):
         raise NotImplementedError
@@ -224,10 +224,10 @@ class WindowReader:
         self.input_ids = self.prompt_ids = [*self.prompt_ids, *reply_ids, *between]
 
     def _render(self) -> None:
-        history = [rename_actions(line, self.names) for line in (*self.lines, self.note)]
-        lines, note = last(history[:-1], self.context.window), history[-1]
+        *lines, step, note = (rename_actions(line, self.names) for line in (*self.lines, self.open, self.note))
+        lines = last(lines, self.context.window)
         told = "\n".join(part for part in (note, self.message) if part)
-        text = window_message(self.briefing, lines, self.open, told)
+        text = window_message(self.briefing, lines, step, told)
         self.prompt_ids = self.context.encode(self.context.render([{"role": "user", "content": text}]))
         self.input_ids = self.prompt_ids
 

@@ -47,9 +47,13 @@ class Mechanism(ABC):  # noqa: B024 - every hook has a default
     n_samples: int = 1  # replies that vote on each action
     correction: str | None = None  # said after a first reply, before the one that counts
     needs_window = False  # whether what was read must be rendered anew each turn
+    needs_same_actions = False  # whether the legal actions must stay the same all episode long
 
     def force(self, past: Past, rng: random.Random) -> tuple[str, str] | None:
-        """An action that is played without asking the model, and the thought that is written down before it."""
+        """
+        An action that is played without asking the model, and the thought that is written down before it, in which
+        `{action}` stands for what the action is called.
+        """
         return None
 
     def note(self, past: Past) -> str:
@@ -57,7 +61,7 @@ class Mechanism(ABC):  # noqa: B024 - every hook has a default
         return ""
 
     def relabel(self, past: Past, rng: random.Random) -> dict[str, str] | None:
-        """What each action is called at this turn."""
+        """What each action is called at this turn: by its own or another's name."""
         return None
 
     def bonus(self, past: Past, action: str) -> float:
@@ -68,11 +72,13 @@ class Mechanism(ABC):  # noqa: B024 - every hook has a default
 class TryAll(Mechanism):
     """Plays each action once, in order, before the model may choose: UCB's infinite bonus."""
 
+    needs_same_actions = True
+
     def force(self, past: Past, rng: random.Random) -> tuple[str, str] | None:
         if not past.untried:
             return None
         action = past.untried[0]
-        return action, f"Action {action} has not been tried yet, so let us explore it."
+        return action, "Action {action} has not been tried yet, so let us explore it."
 
 
 class EpsilonGreedy(Mechanism):
@@ -93,7 +99,7 @@ class EpsilonGreedy(Mechanism):
         if not past.legal_actions or rng.random() >= self.epsilon:
             return None
         action = rng.choice(past.legal_actions)
-        return action, f"Let us explore by playing {action}, whatever its rewards were."
+        return action, "Let us explore by playing {action}, whatever its rewards were."
 
 
 class ContextRandomization(Mechanism):
@@ -103,10 +109,11 @@ class ContextRandomization(Mechanism):
     actions that stay the same all episode.
     """
 
-    needs_window = True
+    needs_window = needs_same_actions = True
 
     def relabel(self, past: Past, rng: random.Random) -> dict[str, str] | None:
-        return dict(zip(past.legal_actions, rng.sample(past.legal_actions, len(past.legal_actions)), strict=True))
+        actions = list(dict.fromkeys(past.legal_actions))
+        return dict(zip(actions, rng.sample(actions, len(actions)), strict=True))
 
 
 class ContextSummary(Mechanism):
@@ -114,6 +121,8 @@ class ContextSummary(Mechanism):
 
     def note(self, past: Past) -> str:
         lines = []
+        if not past.legal_actions:
+            return ""
         for action in past.legal_actions:
             rewards = [reward for played, reward in zip(past.actions, past.rewards, strict=True) if played == action]
             mean = format_reward(sum(rewards) / len(rewards)) if rewards else "unknown"
@@ -157,12 +166,14 @@ class SelfConsistency(Mechanism):
 
 class ExplorationBonus(Mechanism):
     """
-    Pays, in training, for an action that the episode has not tried yet.
+    Pays, in training, for an action that the model states and the episode has not tried yet.
 
     Args:
         size (`float`, *optional*, defaults to `1.0`):
             Added to the turn's normalised reward.
     """
+
+    needs_same_actions = True
 
     def __init__(self, size: float = 1.0):
         if not 0 < size < float("inf"):
@@ -229,6 +240,7 @@ class Exploration:
         self.max_new_tokens = min(budgets, default=None)
         self.n_samples = max((mechanism.n_samples for mechanism in mechanisms), default=1)
         self.correction = next((mechanism.correction for mechanism in mechanisms if mechanism.correction), None)
+        self.needs_same_actions = ", ".join(type(each).__name__ for each in mechanisms if each.needs_same_actions)
         self.env_kwargs = {name: value for each in mechanisms for name, value in each.env_kwargs.items()}
         if self.n_samples > 1 and self.correction:
             raise ValueError("self_consistency and self_correction both decide which reply counts: use one of them.")
@@ -265,7 +277,12 @@ def make_exploration(names: str | Sequence[str | Mechanism] | Exploration | None
     """
     if isinstance(names, Exploration):
         return names
+    if names is not None and not isinstance(names, (str, Mechanism, list, tuple)):
+        raise ValueError(f"exploration={names!r}: give the names of mechanisms, {', '.join(MECHANISMS)}.")
     names = [names] if isinstance(names, (str, Mechanism)) else list(names or [])
+    for name in names:
+        if not isinstance(name, (str, Mechanism)):
+            raise ValueError(f"exploration={name!r} is no mechanism: choose of {', '.join(MECHANISMS)}.")
     return Exploration([name if isinstance(name, Mechanism) else _make(name) for name in names])
 
 

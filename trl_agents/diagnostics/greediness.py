@@ -56,7 +56,8 @@ def chosen_coverage(trajectory: Trajectory) -> float | None:
     legal = _actions(trajectory)
     if legal is None:
         return None
-    return len({turn.parsed.action for turn in _steps(trajectory)} & set(legal)) / len(legal)
+    stated = {turn.parsed.action for turn in _steps(trajectory) if not turn.forced}
+    return len(stated & set(legal)) / len(legal)
 
 
 def min_fraction(trajectory: Trajectory) -> float | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..actions import ActionParser
-from ..contexts import Briefing
+from ..contexts import Briefing, rename_actions
 from ..exploration import Exploration, Past, name_back, vote
 from ..types import ParsedAction, StopReason, Trajectory, Turn
 from .faults import Fault
@@ -184,9 +185,9 @@ class Player:
             def begin(slot: int, index: int, episode: Episode, start: int = 0) -> None:
                 luck = [episode.seed % 2**32, *episode.luck]
                 luck += [start // STARTS] if start >= STARTS else []
-                chance = random.Random(str(luck))
+                chance = random.Random(str([int(part) for part in luck]))
                 live[slot] = _Live(index, episode, np.random.default_rng(luck), start, chance=chance)
-                self.pool.reset(slot, episode.seed, episode.options)
+                self.pool.reset(slot, episode.seed, copy.deepcopy(episode.options))  # it may be begun again
 
             def finish(slot: int, stop: StopReason | Fault, error: str | None = None) -> None:
                 done = live.pop(slot)
@@ -249,27 +250,55 @@ class Player:
 
     def _begin_turn(self, slot: int, live: _Live, finish: Callable, bar: Bar) -> None:
         """A question is open: name the actions, and answer it without the model where a mechanism says so."""
+        fixed = live.info.get("legal_actions") == live.reset_info.get("legal_actions")
+        if self.exploration.needs_same_actions and not fixed:
+            raise ValueError(
+                f"{self.exploration.needs_same_actions} needs legal actions that stay the same all episode long, and "
+                "this environment's change."
+            )
         live.names = self.exploration.relabel(live.past, live.chance)
         if live.names:
-            if live.info.get("legal_actions") != live.reset_info.get("legal_actions"):
-                raise ValueError("Actions can be renamed only where the legal ones stay the same all episode long.")
-            live.reader.rename(live.names)
+            self._rename(live)
         forced = self.exploration.force(live.past, live.chance)
-        if forced is None or self._budget(live) < 1:
+        room = None if self.rules.max_length is None else self.rules.max_length - len(live.reader.prompt_ids)
+        reply = None if forced is None or (room or 1) < 1 else self._forced(live, *forced, room)
+        if reply is None:
             return self._submit(slot, live, finish)
-        action, thought = ((live.names or {}).get(forced[0], forced[0]), forced[1])
-        if live.names:
-            thought = thought.replace(forced[0], action)
+        self._on_final(slot, live, reply, finish, bar, forced=True)
+
+    def _rename(self, live: _Live) -> None:
+        if not set(live.names) == set(live.names.values()) == set(live.info["legal_actions"]):
+            raise ValueError(f"{live.names} does not call each legal action by another's name, or its own.")
+        live.reader.rename(live.names)
+        played = [turn.executed for turn in live.turns if turn.executed is not None]
+        if played and rename_actions(live.reader.lines[-1], {played[-1]: ""}) == live.reader.lines[-1]:
+            raise ValueError(
+                f"Renaming finds no `Action={played[-1]}` in the history's {live.reader.lines[-1]!r}: let the "
+                "environment word its info['transition'] so, or leave context_randomization out."
+            )
+
+    def _forced(self, live: _Live, action: str, thought: str, room: int | None) -> Reply | None:
+        """What is written in the model's place: with the thought where the budget allows it; None without room."""
+        shown = (live.names or {}).get(action, action)
         try:
-            stated = self.parser.format(action)
+            stated = self.parser.format(shown)
         except ValueError as error:
-            return finish(slot, Fault.MALFORMED, str(error))
-        ids = self.context.reply_ids(f"{thought} {stated}")
-        if len(ids) > self._budget(live):
-            ids = self.context.reply_ids(stated)  # too little room to think
-        if len(ids) > self._budget(live):
-            return finish(slot, StopReason.CONTEXT_FULL)
-        self._on_final(slot, live, Reply(tuple(ids), cut_off=False), finish, bar, forced=True)
+            raise ValueError(
+                f"An exploration mechanism plays {action!r}, which no reply can state: {error}"
+            ) from error
+        fits, thought = False, thought.replace("{action}", shown)
+        for text, limit in ((f"{thought} {stated}", self._budget(live)), (stated, room)):
+            ids = self.context.reply_ids(text)
+            reply = Reply(tuple(ids), cut_off=False)
+            fits |= limit is None or len(ids) <= limit
+            if (limit is None or len(ids) <= limit) and self._parse(live, reply)[1].action == action:
+                return reply
+        if fits:
+            raise ValueError(
+                f"An exploration mechanism writes {stated!r} to play {action!r}, and the action parser does not read "
+                "that action out of it: use patterns that find an action wherever it is stated."
+            )
+        return None
 
     def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
         budget = self._budget(live)
@@ -303,8 +332,11 @@ class Player:
         """The model answered: ask once more where replies vote or are corrected, else play it."""
         live.drafts.append(reply)
         if self.exploration.correction and len(live.drafts) == 1:
+            read = live.reader.prompt_ids, live.reader.input_ids
             live.reader.reconsider(reply.ids, self.exploration.correction)
-            return self._submit(slot, live, finish)
+            if self._budget(live) >= 1:
+                return self._submit(slot, live, finish)
+            live.reader.prompt_ids, live.reader.input_ids = read  # no room for another: the first reply counts
         if len(live.drafts) < self.exploration.n_samples:
             return self._submit(slot, live, finish)
         if self.exploration.n_samples > 1:
@@ -332,7 +364,7 @@ class Player:
             "text": text,
             "parsed": parsed,
             "penalty": 0.0 if parsed.is_valid else self.rules.invalid_action_penalty,
-            "bonus": self.exploration.bonus(live.past, parsed.action) if parsed.is_valid else 0.0,
+            "bonus": self.exploration.bonus(live.past, parsed.action) if parsed.is_valid and not forced else 0.0,
             "appends": self.context.appends,
             "logprobs": reply.logprobs,
             "cut_off": reply.cut_off,

@@ -131,6 +131,8 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
         if not self.plays:
             if action_parser is not None:
                 raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
+            if getattr(args, "exploration", None):
+                raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
             self.add_callback(Memorize(self))
             return
@@ -221,8 +223,8 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             seeds (`Sequence[int]`):
                 One episode each.
             env (`str` or `Callable`, *optional*):
-                Environment id, class or factory to play in, without `args.env_kwargs`. Defaults to the one that is
-                trained in.
+                Environment id, class or factory to play in, without `args.env_kwargs`, but with what
+                `args.exploration` asks of it. Defaults to the one that is trained in.
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = list(seeds)[rank::world]
@@ -230,7 +232,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
         if env is None:
             played, _ = self._play_episodes(episodes, self._eval_temperature, "Evaluation")
         else:
-            factory = functools.partial(make_env, env)
+            factory = functools.partial(make_env, env, **self.exploration.env_kwargs)
             example = factory()
             try:
                 briefing = Briefing.of(example)
