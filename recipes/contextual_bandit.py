@@ -23,7 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import Agent, make_agent
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import parse_arguments
+from trl_agents.recipe import load_as, parse_arguments
 from trl_agents.report import report_players
 from trl_agents.tiny import make_tiny_model
 
@@ -82,13 +82,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             disable_tqdm=training_args.disable_tqdm,
             use_cpu=training_args.use_cpu,
         )
-    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    training_args.model_init_kwargs = {
-        **source,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    source = load_as(training_args, model_args)
     trainer = AgentGRPOTrainer(
         model,
         args=training_args,

@@ -29,7 +29,7 @@ from trl_agents.evaluation import (
     summarize_games,
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
-from trl_agents.recipe import parse_arguments
+from trl_agents.recipe import load_as, parse_arguments
 from trl_agents.tiny import make_tiny_model
 from trl_agents.transcripts import board_rationale
 
@@ -94,13 +94,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             disable_tqdm=training_args.disable_tqdm,
             use_cpu=training_args.use_cpu,
         )
-    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    training_args.model_init_kwargs = {
-        **source,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    source = load_as(training_args, model_args)
     pool = None
     if script_args.self_play:
         pool = OpponentPool(

@@ -337,6 +337,11 @@ class TestInTheLoop:
         expected = [0.0, float(first != "red"), 0.0, float(first != "green"), 0.0]
         assert [turn.bonus for turn in trajectory.turns] == expected
 
+    def test_no_bonus_for_what_a_mechanism_played(self):
+        mechanisms = explore("try_all", "exploration_bonus")
+        (trajectory,) = play(three_arms, lambda prompt: "ACTION=blue", [Episode(0)], exploration=mechanisms)
+        assert [turn.bonus for turn in trajectory.turns] == [0.0] * 5
+
     def test_mechanisms_work_together(self):
         backend = Scripted(lambda prompt: "ACTION=blue")
         (trajectory,) = play(

@@ -107,6 +107,18 @@ def trainer_settings(training_args: Any) -> dict[str, Any]:
     return settings
 
 
+def load_as(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
+    """Let a trainer load its model as `model_args` say. Returns what holds for its tokenizer too."""
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    training_args.model_init_kwargs = {
+        **source,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    return source
+
+
 def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> Any:
     """The arguments of a recipe's trainer for one stage: in its folder, for its repository on the Hub, `changes`."""
     args = copy.copy(training_args)
