@@ -330,6 +330,17 @@ def test_name_player(tmp_path, model, monkeypatch):
     assert [player.label for player in name_players(["a=ucb", "ucb"])] == ["a", "ucb"]
 
 
+def test_mechanisms_are_named(capsys, tmp_path, model):
+    settings = ["--env_kwargs", SMALL, "--num_episodes", "2", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
+    assert main(["eval", f"mine={model}", *settings, "--exploration", "try_all"]) == 0
+    turns = read_records(tmp_path / "episodes.jsonl")[0]["turns"]
+    assert turns[0]["forced"] and "forced" not in turns[-1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["eval", "random", "--exploration", "try_everything"])
+    assert "try_everything' is unknown: choose of try_all" in capsys.readouterr().err
+
+
 def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
     settings = ["--env_kwargs", SMALL, "--num_instances", "2", "--max_new_tokens", "6", "--max_new_tokens_ucb", "6"]
     before, after = tmp_path / "before", tmp_path / "after"

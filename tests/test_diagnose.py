@@ -131,6 +131,19 @@ def test_parts_may_be_added(tmp_path):
     assert both["parts"]["greediness"]["measures"]["greedy_fraction"]["blue"]["mean"] == 1.0
 
 
+def test_a_mechanism_is_at_work_in_the_episodes(tmp_path):
+    settings = SMALL | {"horizon": 7, "exploration": ["try_all"], "parts": ["greediness", "knowing_doing"]}
+    result = diagnose(blue, ENV, tmp_path, **settings)
+    assert result["parts"]["greediness"]["measures"]["coverage"]["blue"]["mean"] == 1.0
+    rows = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
+    forced = {row["part"]: ["forced" in turn for turn in row["turns"]] for row in rows}
+    assert forced == {"greediness": [True] * 5 + [False] * 2, "knowing_doing": [False] * 7}
+    with pytest.raises(ValueError, match="exploration"):
+        diagnose(blue, ENV, tmp_path, **SMALL | {"horizon": 7})
+    with pytest.raises(ValueError, match="writes no replies"):
+        diagnose("ucb", ENV, tmp_path / "ucb", exploration="try_all", **SMALL)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

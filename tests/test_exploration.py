@@ -2,6 +2,7 @@
 """Exploration mechanisms: each alone by hand, then in the loop: what the model reads, what is played, what is kept."""
 
 import functools
+import json
 import random
 
 import pytest
@@ -12,10 +13,20 @@ from trl_agents.contexts import Briefing, ChatContext, WindowContext
 from trl_agents.envs.bandit import Bandit
 from trl_agents.envs.tictactoe import TicTacToe
 from trl_agents.evaluation import play_model
-from trl_agents.exploration import Exploration, Past, make_exploration, name_back, vote
+from trl_agents.exploration import (
+    EpsilonGreedy,
+    Exploration,
+    Mechanism,
+    Past,
+    SelfCorrection,
+    make_exploration,
+    name_back,
+    vote,
+)
 from trl_agents.rollout.metrics import coverage
 from trl_agents.rollout.play import Episode
 from trl_agents.tiny import tiny_model
+from trl_agents.trainers.agent_grpo_config import AgentGRPOConfig
 from trl_agents.types import InvalidReason, ParsedAction, StopReason
 
 
@@ -368,3 +379,15 @@ def in_turn(*texts):
     """Answers in turn, over and over."""
     asked = iter(range(10**6))
     return lambda prompt: texts[next(asked) % len(texts)]
+
+
+def test_a_mechanism_of_one_s_own_has_a_name(tmp_path):
+    class Curious(Mechanism):
+        def __init__(self, rate=2):
+            self.rate = rate
+
+    mechanisms = [Curious(3), EpsilonGreedy(0.2), SelfCorrection(), "exploration_bonus=1"]
+    config = AgentGRPOConfig(str(tmp_path), exploration=mechanisms, report_to="none", bf16=False)
+    names = ["Curious=3", "epsilon_greedy=0.2", "self_correction", "exploration_bonus=1"]
+    assert json.loads(config.to_json_string())["exploration"] == names
+    assert make_exploration(mechanisms).names == [*names[:-1], "exploration_bonus"]

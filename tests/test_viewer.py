@@ -266,6 +266,20 @@ def test_page_shows_an_episode_turn_by_turn(browser, page):
 
 
 @needs_chromium
+def test_what_an_exploration_mechanism_did_is_told(browser, tmp_path):
+    turns = (
+        make_turn("I try it. ACTION=blue", forced=True),
+        make_turn("ACTION=blue", bonus=1.0, drafts=("<b>red</b>",)),
+    )
+    episode = Trajectory(1, turns, StopReason.TERMINATED, "Choose well.", reset_info={"legal_actions": ["blue"]})
+    open_page(browser, write_page(tmp_path / "page.html", [episode]))
+    forced, own = text_of(browser, ".turn").split("|")
+    assert "mechanism wrote this reply" in forced and "Drafts" not in forced
+    assert "mechanism wrote" not in own and "bonus 1" in own and "Drafts" in own and "<b>red</b>" in own
+    assert browser.errors == []
+
+
+@needs_chromium
 def test_filters(browser, page):
     open_page(browser, page)
 

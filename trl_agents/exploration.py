@@ -14,6 +14,7 @@ invalid one, which would pay it for being invalid.
 
 from __future__ import annotations
 
+import inspect
 import random
 from abc import ABC
 from collections import Counter
@@ -67,6 +68,13 @@ class Mechanism(ABC):  # noqa: B024 - every hook has a default
     def bonus(self, past: Past, action: str) -> float:
         """Added in training to the reward of `action`, after normalisation."""
         return 0.0
+
+    def __str__(self) -> str:
+        """As a configuration names it; one of your own by its class."""
+        name = next((name for name, known in MECHANISMS.items() if known is type(self)), type(self).__name__)
+        given = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
+        values = [str(value) for value in vars(self).values() if value not in given.values()]
+        return "=".join([name, *values])
 
 
 class TryAll(Mechanism):
@@ -242,6 +250,7 @@ class Exploration:
         self.correction = next((mechanism.correction for mechanism in mechanisms if mechanism.correction), None)
         self.needs_same_actions = ", ".join(type(each).__name__ for each in mechanisms if each.needs_same_actions)
         self.env_kwargs = {name: value for each in mechanisms for name, value in each.env_kwargs.items()}
+        self.names = [str(mechanism) for mechanism in mechanisms]
         if self.n_samples > 1 and self.correction:
             raise ValueError("self_consistency and self_correction both decide which reply counts: use one of them.")
 

@@ -4,7 +4,8 @@ The episode browser: one static HTML page on which episodes are read turn by tur
 
 [`episode_record`] is the one way from a [`Trajectory`] to what the page shows. A record is a row of an episodes file
 (the form is described in `episodes.py`, whose `read_episodes` reads it) with what else is known: `player`, and for
-each turn `regret`, `optimal`, `penalty` and, where the reply was invalid, the `legal_actions`.
+each turn `regret`, `optimal`, `penalty`, where the reply was invalid the `legal_actions`, and what an exploration
+mechanism did: `forced`, `bonus`, `drafts`.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def _turn_record(turn: Turn, legal_actions: Sequence[str] | None) -> dict[str, A
         record |= {"penalty": turn.penalty} if turn.penalty else {}
         record |= {"legal_actions": list(legal_actions)} if legal_actions else {}
     record |= {name: _storable(turn.info[name]) for name in ("transition", "regret", "optimal") if name in turn.info}
-    record |= {"cut_off": True} if turn.cut_off else {}
+    record |= {name: True for name in ("cut_off", "forced") if getattr(turn, name)}
+    record |= {"bonus": turn.bonus} if turn.bonus else {}
+    record |= {"drafts": list(turn.drafts)} if turn.drafts else {}
     record |= {"action_ids": list(turn.action_ids)} if turn.action_ids else {}
     return record
 
@@ -274,7 +277,12 @@ def _shown_turn(turn: Mapping[str, Any]) -> dict[str, Any]:
         value = turn.get(name, info.get(name))
         if value is not None:
             shown[name] = bool(value) if name == "optimal" else _number(value)
-    return shown | ({"cut": True} if turn.get("cut_off") else {})
+    drafts = turn.get("drafts")
+    if isinstance(drafts, list) and drafts:
+        shown["drafts"] = "\n\n".join(_text(draft) for draft in drafts)
+    if turn.get("bonus"):
+        shown["bonus"] = _number(turn["bonus"])
+    return shown | {name: True for name in ("cut_off", "forced") if turn.get(name)}
 
 
 def _split(text: str) -> tuple[str, str]:

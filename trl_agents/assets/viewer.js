@@ -73,6 +73,7 @@
     const got = [];
     if (turn.reward !== null) got.push(`reward ${number(turn.reward)}`);
     if (turn.penalty) got.push(`penalty ${number(turn.penalty)}`);
+    if (turn.bonus) got.push(`bonus ${number(turn.bonus)}`);
     if (turn.regret !== undefined) got.push(`regret ${number(turn.regret)}`);
     if (turn.optimal) got.push("optimal");
     const head = make("header", {}, make("h3", {}, `Turn ${position + 1}`));
@@ -80,13 +81,15 @@
     if (got.length) head.append(make("span", { class: "got muted num" }, got.join(" · ")));
     const card = make("article", { class: turn.valid ? "turn" : "turn invalid", id: `turn-${position}`, tabindex: "-1" }, head);
     if (turn.read) card.append(part("read", "Read", ...folded(turn.read)));
+    if (turn.drafts) card.append(part("drafts", "Drafts", ...folded(turn.drafts)));
     if (turn.thought) card.append(part("thought", "Thought", ...folded(turn.thought)));
     const notes = [];
     if (turn.action !== null && turn.action !== turn.said && !turn.said.endsWith(`=${turn.action}`)) {
       notes.push(turn.valid ? `Played: ${turn.action}` : `Played in its place, by chance: ${turn.action}`);
     }
     if (turn.action === null && !turn.valid) notes.push("Nothing was played.");
-    if (turn.cut) notes.push("The reply ran into its token budget.");
+    if (turn.forced) notes.push("An exploration mechanism wrote this reply, not the model.");
+    if (turn.cut_off) notes.push("The reply ran into its token budget.");
     if (turn.legal && turn.legal.length) notes.push(`Legal: ${turn.legal.join(", ")}`);
     const said = turn.said ? folded(turn.said) : [make("em", { class: "muted" }, "nothing")];
     const label = turn.thought || turn.said === turn.action ? "Action" : "Wrote";

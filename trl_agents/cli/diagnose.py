@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         context=args.context,
         window=args.window,
         chat_template_kwargs=args.chat_template_kwargs,
+        exploration=args.exploration,
         max_new_tokens=args.max_new_tokens,
         max_new_tokens_ucb=args.max_new_tokens_ucb,
         temperature=args.temperature,

@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 
 from ..envs.make import make_env
+from ..exploration import make_exploration
 
 
 DEFAULT_ENV = "trl_agents/Bandit-v0"
@@ -28,6 +29,17 @@ def add_env_kwargs(parser) -> None:
         metavar="JSON",
         help='arguments of the environment, such as \'{"n_arms": 10, "horizon": 20}\'',
     )
+
+
+def as_mechanism(text: str) -> str:
+    """The name of an exploration mechanism."""
+    import argparse
+
+    try:
+        make_exploration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def as_object(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..actions import ActionParser
 from ..agents import AGENTS, make_agent, play_episode
 from ..envs.make import make_env
 from ..types import Trajectory
-from .named import as_object, close_to, positive
+from .named import as_mechanism, as_object, close_to, positive
 
 
 if TYPE_CHECKING:
@@ -129,6 +129,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, context: str = "chat", 
     group.add_argument(
         "--chat_template_kwargs", type=as_object, metavar="JSON", help="such as '{\"enable_thinking\": false}'"
     )
+    group.add_argument(
+        "--exploration",
+        nargs="+",
+        type=as_mechanism,
+        default=[],
+        metavar="MECHANISM",
+        help="what makes them explore, such as try_all epsilon_greedy=0.1",
+    )
     group.add_argument("--n_slots", type=positive, default=32, metavar="N", help="episodes side by side (default: 32)")
     group.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     group.add_argument(
@@ -175,6 +183,7 @@ def play_named(
         context=args.context,
         window=args.window,
         chat_template_kwargs=args.chat_template_kwargs,
+        exploration=args.exploration,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         n_slots=args.n_slots,

@@ -12,6 +12,7 @@ from typing import Any
 from ..actions import ActionParser
 from ..envs.make import make_env
 from ..evaluation import held_out_seeds, play_agents
+from ..exploration import Exploration, make_exploration
 from ..types import Trajectory
 from .folder import Folder
 from .frequency_bias import frequency_bias
@@ -39,6 +40,7 @@ def diagnose(
     context: str = "window",
     window: int | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    exploration: str | Sequence[str] | Exploration | None = None,
     max_new_tokens: int = 256,
     max_new_tokens_ucb: int = 2048,
     temperature: float = 0.0,
@@ -84,6 +86,9 @@ def diagnose(
         context, window, chat_template_kwargs (*optional*):
             What a model reads each turn, as in [`AgentGRPOConfig`]. Give those it was trained with. The default is the
             paper's form, which keeps no thoughts.
+        exploration (`str`, `Sequence[str]` or [`Exploration`], *optional*):
+            Mechanisms at work in the episodes of greediness, as for [`make_exploration`]. The other parts measure the
+            model itself.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Token budget of one reply.
         max_new_tokens_ucb (`int`, *optional*, defaults to `2048`):
@@ -118,7 +123,9 @@ def diagnose(
     for argument, value in (("n_instances", n_instances), ("n_targets", n_targets), ("n_histories", n_histories)):
         if value < 1:
             raise ValueError(f"{argument}={value!r}: give 1 or more.")
-    env_kwargs = {**(env_kwargs or {}), **({} if horizon is None else {"horizon": horizon})}
+    exploration = make_exploration(exploration)
+    exploration.check_context(context)
+    env_kwargs = {**(env_kwargs or {}), **({} if horizon is None else {"horizon": horizon}), **exploration.env_kwargs}
     factory = functools.partial(make_env, env, **env_kwargs)
     factory().close()  # a mistake shows before a model is loaded
     env_id = env if isinstance(env, str) else getattr(env, "__qualname__", type(env).__name__)
@@ -133,6 +140,8 @@ def diagnose(
         n_slots=n_slots,
         seed=seed,
     )
+    if exploration and not player.writes:
+        raise ValueError(f"exploration={exploration.names}: {player.name} writes no replies; leave it out.")
     folder = Folder(
         Path(output_dir),
         player.name,
@@ -145,6 +154,7 @@ def diagnose(
             "context": context,
             "window": window,
             "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            **({"exploration": exploration.names} if exploration else {}),
             "max_new_tokens": max_new_tokens,
             "max_new_tokens_ucb": max_new_tokens_ucb,
             "temperature": temperature,
@@ -164,7 +174,14 @@ def diagnose(
         beside = references
         if beside is None:
             beside = ("random", "ucb", *(["linucb"] if "features" in first else []))
-        own = player.play(factory, seeds, max_new_tokens=max_new_tokens, temperature=temperature, progress=progress)
+        own = player.play(
+            factory,
+            seeds,
+            exploration=exploration,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            progress=progress,
+        )
         _check_played(own)
         others = play_agents(factory, [n for n in beside if n != player.name], seeds, progress=progress)
         return greediness({player.name: own, **others}), own, player.name

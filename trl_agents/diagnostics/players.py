@@ -25,6 +25,7 @@ from ..actions import ActionParser
 from ..agents import AGENTS, Agent, RandomAgent, make_agent
 from ..contexts import Briefing, make_context
 from ..evaluation import play_agents, play_model
+from ..exploration import Exploration
 from ..rollout.generation import BatchBackend, Reply
 from ..rollout.play import Episode, Rules
 from ..rollout.play import Player as Rollout
@@ -94,6 +95,7 @@ class ModelPlayer:
         *,
         max_new_tokens: int,
         temperature: float,
+        exploration: Exploration | None = None,
         progress: bool = False,
     ) -> list[Trajectory]:
         """One episode from each of `seeds`."""
@@ -104,6 +106,7 @@ class ModelPlayer:
             seeds,
             parser=self.parser,
             **self.reading,
+            exploration=exploration,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             n_slots=self.n_slots,
@@ -231,7 +234,13 @@ class TextPlayer:
         self.identity = {"writer": getattr(write, "__qualname__", type(write).__name__)}
 
     def play(
-        self, factory: Callable[[], Any], seeds: Sequence[int], *, progress: bool = False, **_
+        self,
+        factory: Callable[[], Any],
+        seeds: Sequence[int],
+        *,
+        exploration: Exploration | None = None,
+        progress: bool = False,
+        **_,
     ) -> list[Trajectory]:
         """One episode from each of `seeds`."""
         probe = factory()
@@ -239,7 +248,15 @@ class TextPlayer:
         probe.close()
         pool = EnvPool(factory, max(min(self.n_slots, len(seeds)), 1))
         try:
-            rollout = Rollout(pool, BatchBackend(self._answer), self.context, self.parser, briefing, Rules())
+            rollout = Rollout(
+                pool,
+                BatchBackend(self._answer),
+                self.context,
+                self.parser,
+                briefing,
+                Rules(),
+                exploration,
+            )
             episodes = [Episode(number, (self.seed,)) for number in seeds]
             return rollout.play(episodes, progress=progress, description=self.name)[0]
         finally:

@@ -285,3 +285,9 @@ class AgentGRPOConfig(GRPOConfig):
                 "have as many turns. Use advantage_estimator='group', or invalid_action='random'.",
                 stacklevel=3,
             )
+
+    def to_dict(self):
+        values = super().to_dict()
+        if isinstance(self.exploration, (list, tuple)):
+            values["exploration"] = [str(mechanism) for mechanism in self.exploration]  # also one of the user's own
+        return values

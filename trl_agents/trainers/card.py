@@ -141,7 +141,7 @@ def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results:
     if args.context == "window":
         call += f', context="window", window={args.window}'
     if args.exploration:
-        call += f", exploration={args.exploration!r}"
+        call += f", exploration={args.to_dict()['exploration']!r}"
     if args.chat_template_kwargs:
         call += f", chat_template_kwargs={args.chat_template_kwargs!r}"
     parser_import = ""
