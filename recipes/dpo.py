@@ -17,12 +17,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.plots import plot_learning_curve
 from trl_agents.preferences import PreferenceArguments
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
-from trl_agents.stages import last_checkpoint
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "dpo_tiny.yaml"

@@ -21,6 +21,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_agents import episodes as logs
 from trl_agents import make_env
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import held_out_seeds, interval, markdown_table, play_agents, summarize
 from trl_agents.plots import plot_accuracy, plot_regret
@@ -29,7 +30,7 @@ from trl_agents.recipe import as_settings, check_stages, parse_arguments, stage_
 from trl_agents.report import add_to_cards, push_stages, report_stages
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages, last_checkpoint
+from trl_agents.stages import Stages
 from trl_agents.tiny import make_tiny_model, save_tiny_start
 
 

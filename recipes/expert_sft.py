@@ -24,6 +24,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import make_agent
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.diagnostics.greediness import suffix_failure
 from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, interval, play_agents, summarize
@@ -33,7 +34,7 @@ from trl_agents.plots import plot_learning_curve, plot_regret
 from trl_agents.questions import load_model
 from trl_agents.recipe import as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
-from trl_agents.stages import Stages, last_checkpoint, stage_config
+from trl_agents.stages import Stages, stage_config
 from trl_agents.tiny import save_tiny_start
 
 

@@ -20,13 +20,14 @@ from trl import ModelConfig
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import GreedyAgent
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
-from trl_agents.stages import Stages, last_checkpoint
+from trl_agents.stages import Stages
 from trl_agents.tiny import make_tiny_model
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model, self_training_rows
@@ -34,7 +35,7 @@ from trl_agents.recipe import (
 from trl_agents.report import report_stages
 from trl_agents.rewards import Grading, think_answer_format_reward
 from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages, last_checkpoint
+from trl_agents.stages import Stages
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.data import prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.plots import plot_learning_curve
@@ -35,7 +36,7 @@ from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages, last_checkpoint
+from trl_agents.stages import Stages
 from trl_agents.tiny import save_tiny_start
 
 

@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
+from trl_agents.checkpoints import last_checkpoint
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
-from trl_agents.stages import last_checkpoint
 
 
 METHODS = ("ppo", "ppo_no_kl")

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from trl_agents.stages import STAMP, Stages, last_checkpoint
+from trl_agents.checkpoints import last_checkpoint
+from trl_agents.stages import STAMP, Stages
 
 
 def test_a_stage_is_run_once(tmp_path):

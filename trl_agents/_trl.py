@@ -9,24 +9,29 @@ imported, not in the middle of a run, that TRL is not the one it knows.
 from __future__ import annotations
 
 import inspect
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import trl
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object, is_peft_model, send_to_device
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .batch import Row, sum_by_episode
+from .checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, last_checkpoint, put_in_place, told_if_refused
+from .fsdp import unsharded
 from .rollout.generation import BatchBackend, Reply
 
 
 # The releases the contract test passes on. `pyproject.toml` says the same to pip.
-SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+SUPPORTED_TRL = SpecifierSet(">=1.14,<1.17")
 INSTALL = f'Install it with `pip install "trl{SUPPORTED_TRL}"`.'
 
 
@@ -48,28 +53,41 @@ from trl import (  # noqa: E402
     ModelConfig,
     RewardConfig,
     RewardTrainer,
+    RichProgressCallback,
     SFTConfig,
     SFTTrainer,
     TrlParser,
 )
 from trl.models import unwrap_model_for_generation  # noqa: E402
-from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, split_tensor_dict  # noqa: E402
+from trl.trainer.utils import (  # noqa: E402
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+)
 
 
 # Private members this file relies on, and the parameters they are called with.
 SEAM = {
     "_generate_and_score_completions": ("self", "inputs"),
+    "_generate": ("self", "prompts"),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     "_prepare_inputs": ("self", "generation_batch"),
     "_save": ("self", "output_dir", "state_dict"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_get_output_dir": ("self", "trial"),
+    "_get_train_sampler": ("self", "dataset"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_best_model": ("self",),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_finish_current_push": ("self",),
 }
-# Likewise, of which only the first parameters are relied on.
+# Likewise, of which only the first parameters are relied on, in any of these forms.
 SEAM_PREFIXES = {
-    "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_get_per_token_logps_and_entropies": (
+        ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
+        ("self", "model", "args", "batch_size"),  # trl 1.14 hands the first three on as they come
+    ),
 }
 
 __all__ = [
@@ -77,11 +95,13 @@ __all__ = [
     "ModelConfig",
     "RewardConfig",
     "RewardTrainer",
+    "RichProgressCallback",
     "RolloutGRPOTrainer",
     "RolloutRows",
     "SFTConfig",
     "SFTTrainer",
     "TrlParser",
+    "add_fused_lm_head",
     "check_trl",
     "disable_dropout_in_model",
 ]
@@ -90,15 +110,15 @@ __all__ = [
 def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
     """Raises [`UnsupportedTRL`] if the installed TRL is not one this package was tested with."""
     check_trl_version(version)
-    for name, expected in {**SEAM, **SEAM_PREFIXES}.items():
+    known = {name: (parameters,) for name, parameters in SEAM.items()} | SEAM_PREFIXES
+    for name, forms in known.items():
         method = getattr(trainer_class, name, None)
-        found = tuple(inspect.signature(method).parameters) if method is not None else None
-        if found is not None and name in SEAM_PREFIXES:
-            found = found[: len(expected)]
-        if found != expected:
+        found = tuple(inspect.signature(method).parameters) if method is not None else ()
+        starts = [found[: len(form)] if name in SEAM_PREFIXES else found for form in forms]
+        if not any(start == form for start, form in zip(starts, forms, strict=True)):
             raise UnsupportedTRL(
                 f"trl {version} has moved `{trainer_class.__name__}.{name}`, which trl-agents builds on (expected the "
-                f"parameters {expected}, found {found}). {INSTALL}"
+                f"parameters {' or '.join(map(str, forms))}, found {found}). {INSTALL}"
             )
 
 
@@ -127,6 +147,8 @@ class RolloutGRPOTrainer(GRPOTrainer):
 
     plays = False
     has_critic = False
+    writes_checkpoint = False  # now
+    train_sampler: Any = None
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
         """Play the episodes of `inputs` (this process's slice of the batch) and return the rows to train on."""
@@ -159,6 +181,9 @@ class RolloutGRPOTrainer(GRPOTrainer):
     def state_dict_to_save(self, output_dir: str, state_dict: dict[str, Any]) -> dict[str, Any]:
         """What of the model's weights belongs into its own file."""
         return state_dict
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what a checkpoint holds beside what `Trainer` saves. Every process calls this."""
 
     def load_beside(self, folder: str) -> None:
         """Load what a checkpoint holds beside the model's weights."""
@@ -215,6 +240,16 @@ class RolloutGRPOTrainer(GRPOTrainer):
             self._row_logs, self._logs = self._logs, kept_logs
             self._rollout_rows = None
 
+    def _generate(self, prompts):
+        if self.plays:
+            return super()._generate(prompts)  # the rows are there already
+        # TRL lets FSDP2 gather in every forward pass, of which a process makes as many as its longest completion needs
+        with self._whole():
+            return super()._generate(prompts)
+
+    def _whole(self) -> AbstractContextManager:
+        return nullcontext() if self.use_vllm else unsharded(self.model)  # a serving engine has its own weights
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.plays:
@@ -261,6 +296,53 @@ class RolloutGRPOTrainer(GRPOTrainer):
             state_dict = self.state_dict_to_save(output_dir or self.args.output_dir, state_dict)
         super()._save(output_dir, state_dict)
 
+    def _get_output_dir(self, trial):
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, UNFINISHED) if self.writes_checkpoint else run_dir
+
+    def _save_checkpoint(self, model, trial):
+        """In a folder beside, which is moved to its place when it is whole; only then older checkpoints go."""
+        run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        latest = last_checkpoint(run_dir)
+        keeps = "No whole checkpoint was there before." if latest is None else f"The last whole one is {latest!r}."
+        with told_if_refused(name, run_dir, keeps):
+            self._on_one_process_a_machine(clear_unfinished, run_dir)
+            try:
+                self.writes_checkpoint = True
+                super()._save_checkpoint(model, trial)
+                self.save_beside(Path(run_dir, UNFINISHED, name))
+                best = self.state.best_model_checkpoint
+                if best is not None and Path(best).parent.name == UNFINISHED:
+                    self.state.best_model_checkpoint = os.path.join(run_dir, Path(best).name)
+                    if self.args.should_save:
+                        self.state.save_to_json(os.path.join(run_dir, UNFINISHED, name, STATE_FILE))
+                self._on_one_process_a_machine(put_in_place, run_dir, name)
+            except BaseException:
+                clear_unfinished(run_dir)  # the space may be needed for what can still be saved
+                raise
+            finally:
+                self.writes_checkpoint = False
+        if self.args.push_to_hub:
+            self.push_checkpoint(os.path.join(run_dir, name), super()._push_from_checkpoint)
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(run_dir, save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+
+    def _on_one_process_a_machine(self, act: Callable[..., None], *args: Any) -> None:
+        """The main process first: it may be that all machines share its disk, and there is nothing left to do."""
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            act(*args)
+        accelerator.wait_for_everyone()
+        if accelerator.is_local_main_process and not accelerator.is_main_process:
+            act(*args)
+        accelerator.wait_for_everyone()
+
+    def _get_train_sampler(self, dataset=None):
+        self.train_sampler = super()._get_train_sampler(dataset)
+        return self.train_sampler
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with _keeping_dtypes(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -272,7 +354,8 @@ class RolloutGRPOTrainer(GRPOTrainer):
         self.load_beside(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        self.push_checkpoint(checkpoint_folder, super()._push_from_checkpoint)
+        if not self.writes_checkpoint:  # else it is pushed from its place
+            self.push_checkpoint(checkpoint_folder, super()._push_from_checkpoint)
 
     def _finish_current_push(self):
         super()._finish_current_push()
@@ -299,6 +382,69 @@ class RolloutGRPOTrainer(GRPOTrainer):
             if len(values) == len(table["prompt"]):  # what a reward function noted on rows fits only where these agree
                 logs["extra"][name].extend(values)
 
+    # -- what a checkpoint of TRL's does not hold ---------------------------------------------------------------------
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if _internal_call:  # of a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        latest = last_checkpoint(self.args.output_dir)
+        with told_if_refused("The model", folder, "" if latest is None else f"It is in {latest!r} as it was there."):
+            return super().save_model(output_dir, _internal_call)
+
+    def log(self, logs, start_time=None):
+        if "train_loss" in logs:  # of the whole run, also where this is its second part
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        super().log(logs, start_time)
+
+    @property
+    def batch_shape(self) -> dict[str, int]:
+        """What the place within a rollout is counted in."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        shape = {name: getattr(self.args, name) for name in names}
+        return {**shape, "num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
+
+    def work_in_progress(self) -> dict[str, Any]:
+        """This process's rollout as far as it is still to be trained on, and what is still to be logged."""
+        mid_rollout = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        tables = {
+            name: {column: list(rows) for column, rows in table.items()} if isinstance(table, dict) else list(table)
+            for name, table in self._logs.items()
+        }
+        return {
+            "shape": self.batch_shape,
+            "step": self._step,
+            "rollout": send_to_device(self._buffered_inputs, "cpu") if mid_rollout else None,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tables": {} if self._logs["images"] else tables,
+            "loss": self._tr_loss.cpu(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def take_up_work(self, work: dict[str, Any] | None) -> None:
+        """
+        Go on with what [`work_in_progress`] returned in the interrupted run, when training begins. None: that is not
+        known, and the next rollout is played at once.
+        """
+        for _ in range(int(self.state.epoch + 1e-6)):
+            next(iter(self.train_sampler or ()), None)  # draws the order of an epoch that is over
+        if work is None:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            return
+        self._step = work["step"]
+        if work["rollout"] is not None:
+            self._buffered_inputs = send_to_device(work["rollout"], self.accelerator.device)
+        self._metrics["train"].update(work["metrics"])
+        for name, values in work["tables"].items():
+            if isinstance(values, dict):
+                for column in values:
+                    self._logs[name][column].extend(values[column])
+            else:
+                self._logs[name].extend(values)
+        self._tr_loss += work["loss"].to(self._tr_loss.device)
+        self._total_loss_scalar, self._globalstep_last_logged = work["total_loss"], work["last_logged"]
+
     # -- what trainers may use ---------------------------------------------------------------------------------------
 
     @property
@@ -318,7 +464,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
                 batch["completion_ids"].shape[1],
-                self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
+                batch_size=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
                 **extras,
             )
         return logps
@@ -345,6 +491,12 @@ class RolloutGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
 
+    def _checkpointing_kwargs(self) -> dict[str, Any]:
+        """How gradient checkpointing is switched on again after a rollout; trl 1.15 and older cannot be told."""
+        name = "gradient_checkpointing_kwargs"
+        told = name in inspect.signature(unwrap_model_for_generation).parameters
+        return {name: getattr(self.args, name)} if told else {}
+
     @contextmanager
     def weights_for_rollout(self) -> Iterator[Any]:
         """The unwrapped model with whole weights in evaluation mode: gathered once a rollout, not once a turn."""
@@ -353,10 +505,10 @@ class RolloutGRPOTrainer(GRPOTrainer):
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                **self._checkpointing_kwargs(),
             ) as model,
             torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self._whole(),
         ):
             training = model.training
             model.eval()

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .checkpoints import told_if_refused
+from .fsdp import sharded_modules
 from .model_opponent import ModelOpponent
 from .value_head import VALUE_HEAD_NAME
 
@@ -41,7 +43,7 @@ class OpponentPool(TrainerCallback):
     it. The drawn one plays as a second model beside the policy, which shares the policy's frozen parameters.
 
     Snapshots are also files, `<output_dir>/opponents/step_<n>.safetensors`, kept as long as the checkpoints that need
-    them: a run resumed from one meets the same pool.
+    them: a run resumed from one meets the same pool. Copy the folder with a checkpoint that is moved.
 
     Metrics: `agents/opponent_age_mean`, the optimizer steps since the snapshot that games were played against, and
     `agents/opponent_invalid_rate`, the share of its replies without a legal action.
@@ -123,9 +125,10 @@ class OpponentPool(TrainerCallback):
             raise ValueError("This OpponentPool is bound to a trainer already: make one pool for each trainer.")
         if not getattr(trainer, "plays", False):
             raise ValueError(f"This {type(trainer).__name__} has no `env` to play in: pass the game to the trainer.")
-        if trainer.accelerator.distributed_type == DistributedType.FSDP:
+        if sharded_modules(trainer.model):
             raise ValueError(
-                "OpponentPool cannot copy a model whose parameters FSDP shards. Use DDP or DeepSpeed ZeRO."
+                "OpponentPool cannot copy a model whose parameters FSDP2 shards already: call `pool.bind(trainer)` "
+                "before `trainer.train()`."
             )
         if trainer.args.cast_lm_head_to_fp32:
             raise ValueError(
@@ -182,8 +185,12 @@ class OpponentPool(TrainerCallback):
         args = trainer.args
         empty = any(gather_object([not self.snapshots]))
         with trainer.weights_for_rollout() as model:
+            if sharded_modules(model):  # they cannot be copied, but there is a copy from before they were sharded
+                policy = _brought_up_to_date(self.opponent.model, model, trainer.accelerator.device)
+            else:
+                policy = copy_policy(model)
             self.opponent = ModelOpponent(
-                copy_policy(model),
+                policy,
                 trainer.text_tokenizer,
                 trainer.env_factory,
                 action_parser=trainer.action_parser,
@@ -215,21 +222,26 @@ class OpponentPool(TrainerCallback):
     def _keep(self, step: int, weights: dict[str, torch.Tensor], write: bool = True) -> None:
         self.snapshots[step] = weights
         self.snapshots = {kept: self.snapshots[kept] for kept in thin_out(self.snapshots, self.size)}
-        args = self.trainer.args
-        if write and args.should_save:
-            path = self._file(step)
+        if write:
+            self._write(step, weights)
+            if self.trainer.args.save_strategy == "no":  # `on_save` will not be called
+                self._remove_files()
+
+    def _write(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+        if not self.trainer.args.should_save:
+            return
+        path = self._file(step)
+        unfinished = path.with_suffix(".tmp")
+        with told_if_refused(f"The past self of step {step}", path.parent, "Checkpoints are as they were."):
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".tmp")
             save_file(weights, str(unfinished), metadata={"format": "pt"})
             os.replace(unfinished, path)  # a run that is killed leaves no half of a file behind
-            if args.save_strategy == "no":  # `on_save` will not be called
-                self._remove_files()
 
     def _find(self, step: int) -> dict[int, dict[str, torch.Tensor]]:
         """The pool as it was after `step` optimizer steps, from its files."""
         names = {n for n, p in self.opponent.model.named_parameters() if n in next(iter(self.snapshots.values()))}
         expected = self._plan(step)
-        files = [int(path.stem.removeprefix("step_")) for path in self._file(0).parent.glob("step_*.safetensors")]
+        files = self._files_to_resume_from()
         steps = [taken for taken in expected if taken in files]
         if steps != expected:  # another `size` or `every`, or files that are gone
             steps = thin_out([taken for taken in files if taken <= step], self.size)
@@ -238,15 +250,26 @@ class OpponentPool(TrainerCallback):
                 f"does not have them all. The run goes on with {steps or 'the present policy alone'}.",
                 stacklevel=2,
             )
-        found = {taken: load_file(str(self._file(taken))) for taken in steps}
+        found = {taken: load_file(str(files[taken])) for taken in steps}
         for taken, weights in found.items():
             if weights.keys() != names:
                 raise ValueError(
-                    f"{self._file(taken)} holds other parameters than this policy trains, such as "
+                    f"{files[taken]} holds other parameters than this policy trains, such as "
                     f"{min(weights.keys() ^ names)}. Resume with the settings of the run that wrote it, or remove "
-                    f"{self._file(taken).parent}."
+                    f"{files[taken].parent}."
                 )
+        for taken in steps:
+            if files[taken] != self._file(taken):  # this run's checkpoints will need it too
+                self._write(taken, found[taken])
         return found
+
+    def _files_to_resume_from(self) -> dict[int, Path]:
+        """Snapshots by their step: those beside the checkpoint that is resumed from, or else this run's."""
+        folders = [self._file(0).parent]
+        if self.trainer.resumed_from is not None:
+            folders.append(Path(self.trainer.resumed_from).parent / folders[0].name)
+        paths = [path for folder in folders for path in folder.glob("step_*.safetensors")]
+        return {int(path.stem.removeprefix("step_")): path for path in paths}
 
     def _file(self, step: int) -> Path:
         return Path(self.trainer.args.output_dir) / "opponents" / f"step_{step}.safetensors"
@@ -311,10 +334,24 @@ def copy_policy(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
+def _brought_up_to_date(copied: PreTrainedModel, model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A copy with the weights that `model` has by now, on its device."""
+    weights = {_name_of(name): parameter for name, parameter in model.named_parameters()}
+    copied.to(device)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            parameter.copy_(weights[name])
+    return copied
+
+
 def _trained_parameters(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Copies on the CPU, by name, without a value head."""
     return {
-        name: parameter.detach().to("cpu", copy=True).contiguous()
+        _name_of(name): parameter.detach().to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and VALUE_HEAD_NAME not in name.split(".")
     }
+
+
+def _name_of(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "")  # FSDP's own activation checkpointing

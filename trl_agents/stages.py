@@ -11,7 +11,6 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 STAMP = "stage.json"
@@ -162,12 +161,3 @@ def let_another_trainer_follow() -> None:
     """
     if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.DEEPSPEED:
         AcceleratorState._reset_state()
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """
-    The latest of a stage's checkpoints, for `train(resume_from_checkpoint=...)`; None if there is none yet. One whose
-    writing was interrupted is none: `trainer_state.json` is written last.
-    """
-    whole = [state.parent for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None

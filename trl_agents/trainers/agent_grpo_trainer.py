@@ -21,6 +21,7 @@ from .._trl import RolloutGRPOTrainer, RolloutRows, check_trl
 from ..actions import ActionParser
 from ..advantages import group_advantages, spread_over_tokens, turn_advantages
 from ..batch import Row, pad_turn_index, pad_turns, padding_row, rows_of
+from ..checkpoints import find_checkpoint
 from ..contexts import Briefing, make_context
 from ..envs.make import make_env
 from ..evaluation import validation_seeds
@@ -35,8 +36,9 @@ from ..rollout.workers import EnvPool
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
-from .checks import check_dataset, check_environment, check_settings, check_types
-from .memory import Memorize, recall_from
+from .checks import check_dataset, check_environment, check_fsdp, check_settings, check_types
+from .display import show_training
+from .memory import Memorize, recall_from, write_memory
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -94,6 +96,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
 
     env_pool: EnvPool | None = None
     files_beside: tuple[str, ...] = ()  # what is saved beside the model's own weights
+    resumed_from: str | None = None  # the checkpoint
 
     _tag_names = ["trl", "grpo", "trl-agents"]
     _name = "AgentGRPO"
@@ -135,6 +138,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
                 raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
             self.add_callback(Memorize(self))
+            self.display = show_training(self)
             return
 
         if args is None:
@@ -166,18 +170,15 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             args.reward_weights = weights
         if weights is not None:  # they weigh what is added to the environment's own reward
             self.reward_weights = torch.tensor([1.0, *weights])
-        if self.is_fsdp_enabled and self.accelerator.num_processes > 1 and not self.use_vllm:
-            raise ValueError(
-                "FSDP gathers the weights in every forward pass, of which processes make as many as their own "
-                "episodes need: they would wait for each other for ever. Use use_vllm=True, or DeepSpeed "
-                "(accelerate_configs/zero3.yaml), which gathers them once a rollout."
-            )
+        if self.is_fsdp_enabled:
+            check_fsdp(self)
         for module in self.model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
                 # is, and lets no gradient through them from then on
                 module.support_avx512bf16_for_cpu = False
         self.add_callback(Memorize(self))
+        self.display = show_training(self)
         self.rollout_func = self.rollout_output
         self.reward_statistics = RunningMeanStd(epsilon=0)  # exact: nothing is assumed before the first rewards
         self.context = make_context(
@@ -283,6 +284,8 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
                 self.exploration,
             )
             show = self.accelerator.is_main_process and not self.args.disable_tqdm
+            if self.display is not None and self.display.is_open:
+                show = self.display.bar
             return player.play(episodes, progress=show, description=description)
 
     @property
@@ -316,12 +319,26 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
         )
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint:
-            recall_from(self, resume_from_checkpoint)
+        """
+        Train, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint to go on from; True for the latest whole one in `args.output_dir`, `"auto"` for that if
+                there is one.
+            *args, **kwargs:
+                The other arguments.
+        """
+        self.resumed_from = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if self.resumed_from is not None:
+            recall_from(self, self.resumed_from)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(self.resumed_from, *args, **kwargs)
         finally:
             self.close_environments()
+            if self.display is not None:
+                self.display.close()
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     # -- what a resumed run must not have forgotten -------------------------------------------------------------------
 
@@ -330,7 +347,10 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
         if not self.plays:
             return {}
         statistics = self.reward_statistics
-        return {"reward_statistics": [float(statistics.mean), float(statistics.var), float(statistics.count)]}
+        return {
+            "reward_statistics": [float(statistics.mean), float(statistics.var), float(statistics.count)],
+            "lost_shares": list(self.lost_shares),
+        }
 
     def recall(self, memory: dict[str, Any]) -> None:
         """Take up a checkpoint's [`memory`]."""
@@ -338,6 +358,11 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             statistics = self.reward_statistics
             mean, var, statistics.count = memory["reward_statistics"]
             statistics.mean, statistics.var = np.float64(mean), np.float64(var)
+        if "lost_shares" in memory and self.plays:
+            self.lost_shares.extend(memory["lost_shares"])
+
+    def save_beside(self, folder: Path) -> None:
+        write_memory(self, folder)
 
     def close_environments(self) -> None:
         """Close all environments; the next rollout makes new ones."""

@@ -6,11 +6,17 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 if TYPE_CHECKING:
@@ -19,36 +25,101 @@ if TYPE_CHECKING:
 
 # Beside a checkpoint's weights.
 MEMORY_FILE = "agent_state.json"
+WORK_FILE = "agent_work_{}.pt"  # of each process
+REFERENCE_FILE = "reference_model.safetensors"  # where it follows the policy
 
 
 class Memorize(TrainerCallback):
-    """Writes the trainer's memory into each checkpoint, and lets what lies beside the weights go to the Hub too."""
+    """Takes up what a checkpoint has kept, and lets what lies beside its weights go to the Hub too."""
 
     def __init__(self, trainer: AgentGRPOTrainer):
         self.trainer = trainer
 
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            (folder / MEMORY_FILE).write_text(json.dumps(self.trainer.memory(), indent=2), encoding="utf-8")
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, folder = self.trainer, self.trainer.resumed_from
+        if folder is None or state.global_step == 0:
+            return
+        trainer.take_up_work(work_in(trainer, folder))
+        if args.sync_ref_model:
+            load_reference(trainer, folder)
 
     def on_push_begin(self, args, state, control, **kwargs):
-        # A checkpoint is pushed before it counts as saved, and of its files only those that `Trainer` knows
-        self.on_save(args, state, control)
+        # Of a checkpoint's files, only those that `Trainer` knows are pushed
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         for name in self.trainer.files_beside:
             if state.is_world_process_zero and (folder / name).is_file():
                 shutil.copy(folder / name, Path(args.output_dir) / name)
 
 
-def recall_from(trainer: AgentGRPOTrainer, checkpoint: str | bool) -> None:
-    """Let `trainer` take up the memory in `checkpoint`, a folder, or True for the latest of its output folder."""
-    folder = get_last_checkpoint(trainer.args.output_dir) if checkpoint is True else checkpoint
-    file = None if folder is None else Path(folder) / MEMORY_FILE
-    if file is not None and file.exists():
+def write_memory(trainer: AgentGRPOTrainer, folder: Path) -> None:
+    """Write what a checkpoint keeps of `trainer`. Every process calls this."""
+    folder.mkdir(parents=True, exist_ok=True)  # on a machine whose processes save nothing else
+    if trainer.args.should_save:
+        (folder / MEMORY_FILE).write_text(json.dumps(trainer.memory(), indent=2), encoding="utf-8")
+    torch.save(trainer.work_in_progress(), folder / WORK_FILE.format(trainer.accelerator.process_index))
+    if trainer.args.sync_ref_model:
+        save_reference(trainer, folder)
+
+
+def recall_from(trainer: AgentGRPOTrainer, folder: str) -> None:
+    """Let `trainer` take up the memory in the checkpoint `folder`."""
+    file = Path(folder) / MEMORY_FILE
+    if file.exists():
         trainer.recall(json.loads(file.read_text(encoding="utf-8")))
-    elif folder is not None and trainer.plays:
+    elif trainer.plays:
         warnings.warn(
             f"{folder} has no {MEMORY_FILE}: reward statistics and coefficients that adapt start anew.",
             stacklevel=3,
         )
+
+
+def work_in(trainer: AgentGRPOTrainer, folder: str) -> dict[str, Any] | None:
+    """This process's work in progress in the checkpoint `folder`; None, with a warning, if it is of no use."""
+    file = Path(folder) / WORK_FILE.format(trainer.accelerator.process_index)
+    if not file.exists():
+        problem = f"it has no {file.name}"
+    else:
+        work = torch.load(file, map_location="cpu", weights_only=True)
+        if work["shape"] == trainer.batch_shape:
+            return work
+        problem = f"it was written with {work['shape']}, and this run has {trainer.batch_shape}"
+    warnings.warn(
+        f"A rollout that was begun is not gone on with from {folder}: {problem}. The next one is played at once.",
+        stacklevel=2,
+    )
+    return None
+
+
+def save_reference(trainer: AgentGRPOTrainer, folder: Path) -> None:
+    """Write the reference model's weights as they are now."""
+    weights = {}
+    for name, parameter in trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters():
+        with _gathered(parameter):
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if trainer.args.should_save:
+                weights[name] = whole.detach().to("cpu", copy=True).contiguous()
+    if trainer.args.should_save:
+        save_file(weights, folder / REFERENCE_FILE, metadata={"format": "pt"})
+
+
+def load_reference(trainer: AgentGRPOTrainer, folder: str) -> None:
+    """Give the reference model the weights it had in the checkpoint `folder`."""
+    file = Path(folder) / REFERENCE_FILE
+    if not file.exists():
+        warnings.warn(f"{folder} has no {REFERENCE_FILE}: the reference is the first model again.", stacklevel=2)
+        return
+    with safe_open(file, "pt") as weights, torch.no_grad():
+        for name, parameter in trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters():
+            whole = weights.get_tensor(name).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            with _gathered(parameter):
+                parameter.copy_(whole)
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager:
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed  # sharded by its stage 3
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
