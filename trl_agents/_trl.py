@@ -25,7 +25,7 @@ from packaging.version import Version
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .batch import Row, sum_by_episode
-from .checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, last_checkpoint, put_in_place, told_if_refused
+from .checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, put_in_place, told_if_refused
 from .fsdp import unsharded
 from .rollout.generation import BatchBackend, Reply
 
@@ -59,12 +59,15 @@ from trl import (  # noqa: E402
     TrlParser,
 )
 from trl.models import unwrap_model_for_generation  # noqa: E402
-from trl.trainer.utils import (  # noqa: E402
-    add_fused_lm_head,
-    disable_dropout_in_model,
-    shuffle_sequence_dict,
-    split_tensor_dict,
-)
+from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, split_tensor_dict  # noqa: E402
+
+
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # trl 1.14
+
+    def add_fused_lm_head(model: Any, **kwargs: Any) -> None:
+        """Nothing: this release makes whole logits."""
 
 
 # Private members this file relies on, and the parameters they are called with.
@@ -148,6 +151,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
     plays = False
     has_critic = False
     writes_checkpoint = False  # now
+    knows_whole_run = True  # also where this is its second part
     train_sampler: Any = None
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
@@ -303,9 +307,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         """In a folder beside, which is moved to its place when it is whole; only then older checkpoints go."""
         run_dir, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        latest = last_checkpoint(run_dir)
-        keeps = "No whole checkpoint was there before." if latest is None else f"The last whole one is {latest!r}."
-        with told_if_refused(name, run_dir, keeps):
+        with told_if_refused(name, run_dir, run_dir):
             self._on_one_process_a_machine(clear_unfinished, run_dir)
             try:
                 self.writes_checkpoint = True
@@ -338,6 +340,12 @@ class RolloutGRPOTrainer(GRPOTrainer):
         if accelerator.is_local_main_process and not accelerator.is_main_process:
             act(*args)
         accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # resumed behind the last step: it would make one more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, dataset=None):
         self.train_sampler = super()._get_train_sampler(dataset)
@@ -387,14 +395,13 @@ class RolloutGRPOTrainer(GRPOTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if _internal_call:  # of a checkpoint
             return super().save_model(output_dir, _internal_call)
-        folder = output_dir or self.args.output_dir
-        latest = last_checkpoint(self.args.output_dir)
-        with told_if_refused("The model", folder, "" if latest is None else f"It is in {latest!r} as it was there."):
+        with told_if_refused("The model", output_dir or self.args.output_dir, self.args.output_dir):
             return super().save_model(output_dir, _internal_call)
 
     def log(self, logs, start_time=None):
-        if "train_loss" in logs:  # of the whole run, also where this is its second part
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+        if "train_loss" in logs:
+            first = 0 if self.knows_whole_run else self._initial_global_step
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - first, 0.001)
         super().log(logs, start_time)
 
     @property
@@ -429,6 +436,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
         """
         for _ in range(int(self.state.epoch + 1e-6)):
             next(iter(self.train_sampler or ()), None)  # draws the order of an epoch that is over
+        self.knows_whole_run = work is not None
         if work is None:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return

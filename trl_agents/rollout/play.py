@@ -21,7 +21,7 @@ from ..exploration import Exploration, Past, name_back, vote
 from ..types import ParsedAction, StopReason, Trajectory, Turn
 from .faults import Fault
 from .generation import Backend, Reply
-from .progress import Bar, Clock
+from .progress import Bar, Clock, open_bar
 from .workers import EnvPool, EnvReply
 
 
@@ -169,16 +169,22 @@ class Player:
         self.max_new_tokens = min(budgets)
 
     def play(
-        self, episodes: Sequence[Episode], progress: bool = False, description: str = "Episodes"
+        self,
+        episodes: Sequence[Episode],
+        progress: bool | Callable[[int, str], Bar] = False,
+        description: str = "Episodes",
     ) -> tuple[list[Trajectory], Clock]:
-        """Play all `episodes`; the trajectories come in their order. A place is refilled as soon as it is free."""
+        """
+        Play all `episodes`; the trajectories come in their order. A place is refilled as soon as it is free.
+        `progress` is what [`~rollout.progress.open_bar`] takes.
+        """
         clock = Clock()
         started = time.perf_counter()
         finished: list[Trajectory | None] = [None] * len(episodes)
         queue = deque(enumerate(episodes))
         free = list(range(len(self.pool.workers)))[::-1]
         live: dict[int, _Live] = {}
-        with Bar(len(episodes), progress, description) as bar, ExitStack() as on_leaving:
+        with open_bar(progress, len(episodes), description) as bar, ExitStack() as on_leaving:
             # If this is interrupted or fails, the pool's next rollout must not receive answers meant for this one
             on_leaving.callback(self.pool.give_up)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
@@ -45,3 +46,8 @@ class Bar:
 
     def __exit__(self, *exception) -> None:
         self.bar.close()
+
+
+def open_bar(progress: bool | Callable[[int, str], Bar], total: int, description: str) -> Bar:
+    """Progress of `total` episodes: by a bar, by none, or by what `progress(total, description)` returns."""
+    return progress(total, description) if callable(progress) else Bar(total, progress, description)

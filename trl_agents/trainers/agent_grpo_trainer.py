@@ -53,7 +53,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
     The only change w.r.t. [`~trl.GRPOTrainer`] is where completions and advantages come from: a completion is an
     episode played in `env`, and its advantage may differ from turn to turn. Loss, KL, clipping, logging, PEFT and
     checkpoints are TRL's. (Where rows are padded the model is told its positions, as the rollout saw them; checkpoints
-    keep the reward statistics besides.) Without `env` this is `GRPOTrainer`.
+    also hold what lets a resumed run go on as if it had not stopped.) Without `env` this is `GRPOTrainer`.
 
     The method is the one of [LLMs are Greedy Agents](https://huggingface.co/papers/2504.16078), section 3.2: chain of
     thought and action per step, a penalty for invalid actions, a Monte-Carlo baseline over episodes of fixed length,

@@ -1,0 +1,158 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""What a terminal shows of a training: told apart from one that nobody looks at, and left in order by failures."""
+
+import io
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pandas
+import pytest
+from rich.console import Console
+from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
+from transformers import PrinterCallback, ProgressCallback
+
+from trl_agents._trl import RichProgressCallback
+from trl_agents.trainers.display import BLOCKS, MEASURES, TrainingDisplay, course, show_training
+
+
+SCRIPT = acts("abc", "bb?", "cba", "aaa")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make(tmp_path, model_dir):
+    def make(script=SCRIPT, callbacks=None, **kwargs):
+        config = make_config(tmp_path / "out", **{"max_steps": 3, "disable_tqdm": False, **kwargs})
+        trainer = ScriptedTrainer(model_dir, args=config, env=Pay, callbacks=callbacks)
+        trainer.script = script
+        return trainer
+
+    return make
+
+
+def terminal():
+    return Console(file=io.StringIO(), force_terminal=True, width=100, height=40)
+
+
+def kinds(trainer):
+    return [type(callback) for callback in trainer.callback_handler.callbacks]
+
+
+def test_progress_and_measures_are_shown(make):
+    trainer, console = make(), terminal()
+    trainer.display = show_training(trainer, console)
+    assert ProgressCallback not in kinds(trainer) and TrainingDisplay in kinds(trainer)
+    bars = []
+    open_bar = trainer.display.bar
+    trainer.display.bar = lambda total, description: bars.append(open_bar(total, description)) or bars[-1]
+    trainer.train()
+    shown = console.file.getvalue()
+    last = shown[shown.rindex("Training") :]
+    assert "3/3" in last and "Rollout" not in last and not trainer.display.is_open
+    mean = trainer.state.log_history[0]["agents/return_mean"]
+    assert f"{mean:.4g}" in last and "invalid replies" in last and "8.3%" in last  # one of twelve replies
+    assert [(bar.turns, bar.valid) for bar in bars] == [(12, 11)] * 3
+    assert trainer.display.progress.task_ids == [trainer.display.training]  # a rollout's bar goes with it
+
+
+def test_a_failure_leaves_the_terminal_in_order(make):
+    trainer, console = make(script=[["ACTION=a"]]), terminal()  # it has no more to say, and raises
+    trainer.display = show_training(trainer, console)
+    with pytest.raises(Exception):  # noqa: B017 - whatever it is
+        trainer.train()
+    assert not trainer.display.is_open
+    assert console.file.getvalue().rstrip("\n").endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_where_nobody_looks_everything_stays_as_it_was(make):
+    trainer = make()
+    assert trainer.display is None and ProgressCallback in kinds(trainer)
+    assert show_training(trainer, Console(file=io.StringIO())) is None
+    quiet = make(disable_tqdm=True)
+    assert show_training(quiet, terminal()) is None and PrinterCallback in kinds(quiet)
+    other = make(callbacks=[RichProgressCallback()])
+    assert show_training(other, terminal()) is None
+
+
+def test_other_processes_are_quiet(make, monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    assert show_training(trainer, terminal()) is None
+
+
+def test_playing_without_training_has_a_bar_of_its_own(make, capsys):
+    trainer = make()
+    trainer.display = show_training(trainer, terminal())
+    assert len(trainer.play(range(4))) == 4
+    assert "Evaluation" in capsys.readouterr().err
+
+
+def test_trackers_get_all_metrics_and_a_table_of_episodes(make, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make(report_to=["tensorboard"], disable_tqdm=True, log_completions=True)
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in ("agents/return_mean", "agents/invalid_share", "reward", "loss"):
+        logged = [float(logs[name]) for logs in trainer.state.log_history if name in logs]
+        assert [event.value for event in events.Scalars(f"train/{name}")] == pytest.approx(logged), name
+        assert len(logged) == 3
+    table = pandas.read_parquet(tmp_path / "out" / "completions" / "completions_00003.parquet")
+    assert len(table) == 4 and "ACTION=a" in table["completion"].iloc[0]
+    assert {"prompt", "completion", "advantage", "environment_reward"} <= set(table.columns)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([], ""),
+        ([math.nan, math.inf], ""),
+        ([1.0], "▁"),
+        ([0, 7], "▁█"),
+        ([7, math.nan, 0], "█▁"),
+        (list(range(8)), BLOCKS),
+        ([3.0] * 5, "▁▁▁▁▁"),
+    ],
+)
+def test_course(values, shown):
+    assert course(values) == shown
+
+
+def test_a_long_course_fits():
+    assert 20 <= len(course(list(range(1000)))) <= 24 and course(list(range(1000)))[-1] == "█"
+
+
+def test_every_measure_that_is_shown_is_explained():
+    readme = (HERE.parent / "README.md").read_text()
+    for name in MEASURES:
+        if name.startswith("agents/"):
+            assert f"`{name}`" in readme or f"`{name.rsplit('_', 1)[0]}" in readme, name
+
+
+@pytest.mark.slow
+def test_at_a_real_terminal(tmp_path, model_dir):
+    """The trainer finds the terminal by itself, and what it prints meanwhile stands above the display."""
+    code = f"""
+    import sys; sys.path.insert(0, {str(HERE)!r})
+    from scripted import *
+    trainer = ScriptedTrainer({model_dir!r}, args=make_config({str(tmp_path)!r}, disable_tqdm=False), env=Pay)
+    trainer.script = acts("abc", "bb?", "cba", "aaa")
+    trainer.train()
+    """
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(code))
+    pty = "import pty, sys; sys.exit(pty.spawn([sys.executable, sys.argv[1]]) >> 8)"
+    done = subprocess.run([sys.executable, "-c", pty, script], capture_output=True, timeout=300)
+    shown = done.stdout.decode(errors="replace")
+    assert done.returncode == 0, shown[-2000:]
+    assert "2/2" in shown and "return" in shown and "{'loss'" not in shown and "\x1b[?25h" in shown
