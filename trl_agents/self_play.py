@@ -232,7 +232,7 @@ class OpponentPool(TrainerCallback):
             return
         path = self._file(step)
         unfinished = path.with_suffix(".tmp")
-        with told_if_refused(f"The past self of step {step}", path.parent, "Checkpoints are as they were."):
+        with told_if_refused(f"The past self of step {step}", path.parent, self.trainer.args.output_dir):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(weights, str(unfinished), metadata={"format": "pt"})
             os.replace(unfinished, path)  # a run that is killed leaves no half of a file behind

@@ -133,8 +133,9 @@ class AgentPPOTrainer(AgentGRPOTrainer):
                 nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5, generator=generator)
             elif named:
                 head.load_reward_model(init)
-        if self.is_deepspeed_enabled:
-            # Stage 3 shards parameters of one type only; the optimizer's own copies are in float32 at all stages
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and self.accelerator.mixed_precision == "no"):
+            # ZeRO-3 and FSDP2 shard parameters of one type only. DeepSpeed's optimizer has its own copies in float32;
+            # accelerate makes all that FSDP2 trains float32 where precision is mixed
             cast_parameters(head, next(p.dtype for p in self.model.parameters() if p.requires_grad))
         if self.args.disable_dropout:
             disable_dropout_in_model(head)  # TRL has done so in the policy before there was one

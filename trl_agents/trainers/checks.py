@@ -129,6 +129,24 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
         )
 
 
+def check_fsdp(trainer: Any) -> None:
+    """Raises `ValueError` for kinds of FSDP that a rollout, or the reference model, would not survive."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 and not trainer.use_vllm:
+        raise ValueError(
+            f"fsdp_version: {plugin.fsdp_version} gathers the weights in every forward pass, of which processes make "
+            "as many as their own episodes need: they would wait for each other for ever. Use fsdp_version: 2 "
+            "(accelerate_configs/fsdp2.yaml), DeepSpeed (accelerate_configs/zero3.yaml), or use_vllm=True."
+        )
+    several = trainer.accelerator.num_processes > 1
+    if several and plugin.cpu_ram_efficient_loading and trainer.ref_model is not None:
+        raise ValueError(
+            f"fsdp_cpu_ram_efficient_loading: true loads weights in the first process alone, and TRL does not hand "
+            f"those of the reference model (beta={trainer.beta}) to the others. Set it to false, use an adapter, or "
+            "beta=0.0."
+        )
+
+
 def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
 ) -> Briefing:
