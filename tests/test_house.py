@@ -46,6 +46,7 @@ LAYERS = [
     (4, ["trainers"]),
     (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf"]),
     (4, ["report", "diagnostics"]),
+    (4, ["estimate"]),
     (5, ["cli", "__main__"]),
 ]
 PLACES = {unit: (level, line) for line, (level, units) in enumerate(LAYERS) for unit in units}

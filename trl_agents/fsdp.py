@@ -39,8 +39,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
                 others = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook))
                 if len(others) == len(hooks):
                     raise RuntimeError(
-                        f"This release of PyTorch has other FSDP hooks than known (no {kind} of {type(module).__name__}"
-                        " is its own): rollouts would wait for each other for ever. Use DeepSpeed "
+                        f"This release of PyTorch has other FSDP hooks than known (none of {kind} of "
+                        f"{type(module).__name__}): rollouts would wait for each other for ever. Use DeepSpeed "
                         "(accelerate_configs/zero3.yaml)."
                     )
                 kept.append((module, kind, hooks))
