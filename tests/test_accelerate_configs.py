@@ -1,8 +1,8 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The files of `accelerate_configs/`: accelerate knows every key of them, and starts what they promise."""
 
-import subprocess
-import sys
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from test_world_size import KINDS, free_port, launch
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +25,12 @@ EXPECTED = {
     "zero1": (DistributedType.DEEPSPEED, 8),
     "zero2": (DistributedType.DEEPSPEED, 8),
     "zero3": (DistributedType.DEEPSPEED, 8),
+    "zero3_offload": (DistributedType.DEEPSPEED, 8),
+    "zero3_2node": (DistributedType.DEEPSPEED, 16),
     "fsdp2": (DistributedType.FSDP, 8),
+    "fsdp2_2node": (DistributedType.FSDP, 16),
 }
+TWO_NODES = [name for name in EXPECTED if name.endswith("_2node")]
 
 
 def unknown_options(path: Path) -> list[str]:
@@ -56,6 +61,7 @@ def test_loads(name):
     assert (config.distributed_type, config.num_processes) == EXPECTED[name]
     assert config.use_cpu == (name == "cpu")
     assert config.mixed_precision == ("no" if name == "cpu" else "bf16")
+    assert config.num_machines == (2 if name in TWO_NODES else 1)
     assert unknown_options(path) == []
 
 
@@ -70,18 +76,22 @@ def test_planted_keys_are_found(tmp_path):
         load_config_from_file(str(planted))
 
 
+def deepspeed_plugin(name: str, monkeypatch):
+    from accelerate.utils import DeepSpeedPlugin
+
+    arguments = launch_arguments(CONFIGS / f"{name}.yaml")
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    for variable, value in environment.items():
+        if variable.startswith("ACCELERATE_"):
+            monkeypatch.setenv(variable, value)
+    return DeepSpeedPlugin()
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_stage_reaches_deepspeed(stage, monkeypatch):
     pytest.importorskip("deepspeed")
-    from accelerate.utils import DeepSpeedPlugin
-
-    arguments = launch_arguments(CONFIGS / f"zero{stage}.yaml")
-    arguments.deepspeed_fields_from_accelerate_config = ""
-    _, environment = prepare_deepspeed_cmd_env(arguments)
-    for name, value in environment.items():
-        if name.startswith("ACCELERATE_"):
-            monkeypatch.setenv(name, value)
-    plugin = DeepSpeedPlugin()
+    plugin = deepspeed_plugin(f"zero{stage}", monkeypatch)
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == stage
     assert plugin.zero3_save_16bit_model == (stage == 3)
     # Left open, so that the trainer's own setting holds.
@@ -101,19 +111,68 @@ def test_fsdp2_reaches_pytorch(monkeypatch):
     assert plugin.state_dict_type.name == "FULL_STATE_DICT"
 
 
-def test_cpu_starts_two_processes_that_know_each_other(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch\n"
-        "from accelerate import Accelerator\n"
-        "accelerator = Accelerator(cpu=True)\n"
-        "total = accelerator.reduce(torch.ones(1), 'sum').item()\n"
-        "with open(f'{sys.argv[1]}/{accelerator.process_index}.txt', 'w') as file:\n"
-        "    file.write(f'{accelerator.num_processes} {total}')\n"
-        "accelerator.wait_for_everyone()\n"
-        "accelerator.end_training()\n"  # else the first to leave may take the other down
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert {path.name: path.read_text() for path in tmp_path.glob("*.txt")} == {"0.txt": "2 2.0", "1.txt": "2 2.0"}
+def test_offload_reaches_deepspeed(monkeypatch):
+    pytest.importorskip("deepspeed")
+    plugin = deepspeed_plugin("zero3_offload", monkeypatch)
+    zero = plugin.deepspeed_config["zero_optimization"]
+    assert (zero["stage"], zero["offload_param"]["device"], zero["offload_optimizer"]["device"]) == (3, "cpu", "cpu")
+
+
+@pytest.mark.parametrize("name", TWO_NODES)
+def test_two_nodes_differ_from_one_in_nothing_else(name):
+    two, one = (yaml.safe_load((CONFIGS / f"{stem}.yaml").read_text()) for stem in (name, name.removesuffix("_2node")))
+    assert two == {**one, "num_machines": 2, "num_processes": 16, "main_process_port": 29500}
+
+
+# The others train in test_world_size.py
+STARTED = [name for name in EXPECTED if name not in KINDS]
+STEP = """
+import sys, torch
+from test_world_size import start_on_cpu
+settings = start_on_cpu()
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=settings["use_cpu"])
+if accelerator.state.deepspeed_plugin is not None:
+    accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+for _ in range(20):
+    x = torch.ones(1, 64, device=accelerator.device) * (1 + accelerator.process_index)
+    loss = (model(x) - 3.0 * x.mean()).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+weights = accelerator.get_state_dict(model)
+total = accelerator.gather(loss.detach()[None]).sum().item()
+if accelerator.is_main_process:
+    kind, shape = accelerator.distributed_type.value, tuple(weights["0.weight"].shape)
+    print(kind, accelerator.num_processes, shape, total < 1.0, file=open(sys.argv[1], "w"))
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STARTED)
+def test_starts_and_learns(name, tmp_path, monkeypatch):
+    """As it is, but for the number of processes and the precision; two nodes are two launchers on this machine."""
+    kind, _ = EXPECTED[name]
+    if kind == DistributedType.DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    if name == "zero3_offload" and not shutil.which("c++"):
+        pytest.skip("DeepSpeed compiles its Adam for the CPU")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    script, told = tmp_path / "step.py", tmp_path / "told.txt"
+    script.write_text(STEP)
+    if name in TWO_NODES:
+        port = free_port()
+        options = {"main_process_ip": "127.0.0.1", "main_process_port": port}
+        nodes = [{**options, "machine_rank": rank} for rank in range(2)]
+    else:
+        nodes = [{"num_processes": min(EXPECTED[name][1], 2)}]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda node: launch(name, script, told, **node), nodes))
+    # Without an accelerator what is meant for GPUs runs on a single CPU each
+    assert told.read_text().split()[0] == (kind.value if kind != DistributedType.MULTI_GPU else "MULTI_CPU")
+    assert told.read_text().split(" ", 1)[1].strip() == f"{1 if name == 'single_gpu' else 2} (64, 64) True"

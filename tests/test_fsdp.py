@@ -214,5 +214,21 @@ def test_what_would_hang_or_go_wrong_is_refused():
         check_fsdp(fake(efficient=True, ref_model="a model"))
 
 
+def test_plays_on_its_device_before_training(tmp_path):
+    trainer = make_trainer(save_tiny_model(tmp_path / "model"), tmp_path / "out", {"use_cpu": True}, beta=0.0)
+    moved = []
+    trainer.model.to = lambda device: moved.append(device)
+    with trainer.weights_for_rollout():
+        assert moved == []  # one process, whose model is where it belongs
+    trainer.is_fsdp_enabled, state = True, trainer.accelerator.state
+    trainer.accelerator = SimpleNamespace(device="cuda:1", num_processes=1, state=state, unwrap_model=lambda m: m)
+    trainer._place_untrained()
+    assert moved == ["cuda:1"]
+    trainer.accelerator.num_processes = 2
+    trainer.accelerator.state = SimpleNamespace(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True))
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true leaves"):
+        trainer._place_untrained()
+
+
 if __name__ == "__main__":  # one of two processes
     main(*sys.argv[1:])

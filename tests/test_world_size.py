@@ -1,7 +1,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
 Two processes equal one, whatever shards the model. Files of `accelerate_configs/` are launched as they are, but for
-the number of processes and the precision; a bandit by GRPO, tic-tac-toe by PPO; what is saved is loaded in one process.
+the number of processes and the precision: a bandit by GRPO and tic-tac-toe by PPO. What is saved loads in one process.
 """
 
 import json
@@ -161,12 +161,15 @@ def start_on_cpu():
     return {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
 
 
-def launch(config, script, *arguments, timeout=600, **options):
-    """`accelerate launch` with a file of `accelerate_configs/`, in two processes and full precision."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = {"num_processes": 2, "mixed_precision": "no", "main_process_port": port, **options}
+        return free.getsockname()[1]
+
+
+def launch(config, script, *arguments, timeout=600, **options):
+    """`accelerate launch` with a file of `accelerate_configs/`, in two processes and full precision."""
+    options = {"num_processes": 2, "mixed_precision": "no", "main_process_port": free_port(), **options}
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
     for name, value in options.items():

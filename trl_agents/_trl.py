@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .batch import Row, sum_by_episode
 from .checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, put_in_place, told_if_refused
-from .fsdp import unsharded
+from .fsdp import sharded_modules, unsharded
 from .rollout.generation import BatchBackend, Reply
 
 
@@ -508,6 +508,8 @@ class RolloutGRPOTrainer(GRPOTrainer):
     @contextmanager
     def weights_for_rollout(self) -> Iterator[Any]:
         """The unwrapped model with whole weights in evaluation mode: gathered once a rollout, not once a turn."""
+        if not self.use_vllm:
+            self._place_untrained()
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -524,6 +526,21 @@ class RolloutGRPOTrainer(GRPOTrainer):
                 yield model
             finally:
                 model.train(training)
+
+    def _place_untrained(self) -> None:
+        """What DeepSpeed or FSDP will train is put on its device when training begins, too late to play before."""
+        state, prepared = self.accelerator.state, self.model_wrapped is not self.model or sharded_modules(self.model)
+        zero3 = self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3  # in pieces from the beginning
+        if prepared or zero3 or not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return
+        several = self.accelerator.num_processes > 1
+        if self.is_fsdp_enabled and several and state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "fsdp_cpu_ram_efficient_loading: true leaves all processes but the first without weights until "
+                "training begins, too late to play before. Set it to false."
+            )
+        if self.model.device != self.accelerator.device:
+            self.model.to(self.accelerator.device)
 
     @property
     def text_tokenizer(self) -> Any:

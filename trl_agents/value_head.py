@@ -50,7 +50,7 @@ class ValueHead(nn.Linear):
         if self.detach:
             hidden_states = hidden_states.detach()
         with torch.autocast(hidden_states.device.type, enabled=False):
-            # DeepSpeed keeps the weights that compute in half precision, whatever they were made in
+            # DeepSpeed and FSDP2 keep the weights that compute in half precision, whatever they were made in
             return super().forward(hidden_states.to(self.weight.dtype)).squeeze(-1).float()
 
     def attach(self, model: PreTrainedModel) -> ValueHead:
