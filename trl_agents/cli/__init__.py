@@ -1,6 +1,6 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-The command `trl-agents`: play an environment, evaluate players, diagnose a model, read episodes.
+The command `trl-agents`: play an environment, evaluate players, diagnose a model, read episodes, estimate costs.
 
 Nothing here imports torch before a command needs it, so that help and mistakes answer at once. What a user got wrong
 is a `ValueError` or an `OSError`, and becomes one line on stderr and the exit code 2; any other exception is a fault
@@ -16,10 +16,10 @@ import warnings
 from collections.abc import Sequence
 
 from .._version import __version__
-from . import diagnose, evaluate, play, view
+from . import diagnose, estimate, evaluate, play, view
 
 
-COMMANDS = {"play": play, "eval": evaluate, "diagnose": diagnose, "view": view}
+COMMANDS = {"play": play, "eval": evaluate, "diagnose": diagnose, "view": view, "estimate": estimate}
 
 EXAMPLES = """\
 examples:
@@ -27,6 +27,7 @@ examples:
   trl-agents eval random ucb outputs/grpo_bandit_tiny --env trl_agents/Bandit-v0 --context window
   trl-agents diagnose outputs/grpo_bandit_tiny --output_dir outputs/diagnosis
   trl-agents view outputs/diagnosis --open
+  trl-agents estimate recipes/configs/grpo_bandit_qlora.yaml --model Qwen/Qwen2.5-7B --gpu RTX4090
 
 `trl-agents COMMAND --help` tells more, with examples.
 """
@@ -70,7 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line; `args.run(args)` runs the command."""
     parser = argparse.ArgumentParser(
         prog="trl-agents",
-        description="Play text environments, evaluate players and models in them, diagnose models, read episodes.",
+        description="Play text environments, evaluate players and models in them, diagnose models, read episodes, and "
+        "estimate what training takes.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
