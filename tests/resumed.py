@@ -56,7 +56,14 @@ CASES = {
         "num_eval_seeds": 2,
         "per_device_eval_batch_size": 2,
     },
-    "grpo-dataset": {**LONG, "beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "log_completions": True},
+    "grpo-dataset": {
+        **LONG,
+        "beta": 0.1,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 2,
+        "use_adaptive_entropy": True,
+        "log_completions": True,
+    },
     "grpo-adapter": {**BANDIT, **GRPO, **LONG, "given": True, "num_train_seeds": 3},
     "ppo-chat": {**BANDIT, **PPO, **LONG, "reward_normalization": "scale", "num_train_seeds": 5},
     "ppo-window": {

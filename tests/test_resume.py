@@ -89,6 +89,17 @@ def counted(trainer):
     return steps
 
 
+def test_a_run_that_was_at_its_end(model_dir, tmp_path):
+    """Killed after its last checkpoint, say in an evaluation: there is nothing left to train."""
+    whole = make("grpo-chat", tmp_path / "whole", model_dir, max_steps=3)
+    whole.train()
+    trainer = make("grpo-chat", tmp_path / "resumed", model_dir, max_steps=3)
+    steps = counted(trainer)
+    output = trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert steps == [] and output.global_step == 3
+    assert_same(trainer, whole)
+
+
 def test_without_the_rollout_that_was_begun(model_dir, tmp_path):
     make("grpo-chat", tmp_path, model_dir, save_steps=3, max_steps=3).train()
     checkpoint = tmp_path / "checkpoint-3"
@@ -96,11 +107,14 @@ def test_without_the_rollout_that_was_begun(model_dir, tmp_path):
         ({"num_iterations": 4}, "it was written with .*'num_iterations': 2.* and this run has .*'num_iterations': 4"),
         ({}, f"it has no {WORK_FILE.format(0)}"),
     ):
-        resumed = make("grpo-chat", tmp_path / "other", model_dir, save_strategy="no", max_steps=5, **changes)
+        changes = {"save_strategy": "no", "max_steps": 6, **changes}
+        resumed = make("grpo-chat", tmp_path / "other", model_dir, **changes)
         steps = counted(resumed)
         with pytest.warns(UserWarning, match=f"is not gone on with from .*checkpoint-3: {told}"):
-            resumed.train(resume_from_checkpoint=str(checkpoint))
-        assert steps == ([3] if changes else [3, 4])  # in step with the data again
+            output = resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert steps == ([3] if "num_iterations" in changes else [3, 4])  # in step with the data again
+        (loss,) = [log["loss"] for log in resumed.state.log_history if log["step"] > 3 and "loss" in log]
+        assert output.training_loss == pytest.approx(loss)  # of the steps it knows
         (checkpoint / WORK_FILE.format(0)).unlink(missing_ok=True)
 
 

@@ -100,9 +100,11 @@ def test_killed_while_it_writes(model_dir, tmp_path):
     code = (
         "import os, signal, resumed, sys\n"
         "trainer = resumed.make('grpo-window', sys.argv[1], sys.argv[2], save_steps=1, save_total_limit=1)\n"
+        "save_beside = trainer.save_beside\n"
         "def kill(folder):\n"
         "    if folder.name == 'checkpoint-2':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    save_beside(folder)\n"
         "trainer.save_beside = kill\n"
         "trainer.train()\n"
     )

@@ -161,7 +161,7 @@ def test_a_disk_that_is_full(model_dir, tmp_path, what):
         told = run_refused(trainer)
     latest = str(tmp_path / "checkpoint-1")
     assert f"checkpoint-2 could not be written to {str(tmp_path)!r}: " in told
-    assert "Free some space" in told and f"The last whole one is {latest!r}." in told
+    assert "Free some space" in told and f"The last whole checkpoint is {latest!r}." in told
     assert get_last_checkpoint(tmp_path) == latest and not (tmp_path / UNFINISHED).exists()
     resumed = make("ppo-chat", tmp_path, model_dir, max_steps=2)
     resumed.train(resume_from_checkpoint=True)
@@ -191,14 +191,14 @@ def test_a_disk_that_is_really_full(model_dir, tmp_path):
     assert "NotWritten: checkpoint-" in told and f"could not be written to {str(tmp_path)!r}: " in told
     left = process.stdout.splitlines()
     (checkpoint,) = [name for name in left if name.startswith("checkpoint-")]
-    assert UNFINISHED not in left and f"The last whole one is '{tmp_path / checkpoint}'." in told
+    assert UNFINISHED not in left and f"The last whole checkpoint is '{tmp_path / checkpoint}'." in told
 
 
 def test_a_folder_that_may_not_be_written_to(model_dir, tmp_path):
     trainer = make("grpo-dataset", tmp_path, model_dir, save_steps=1, log_completions=False)
     trainer.add_callback(At(1, lambda: (tmp_path / UNFINISHED).write_text("in the way")))  # for root may do all else
     told = run_refused(trainer)
-    assert "checkpoint-1 could not be written" in told and "No whole checkpoint was there before." in told
+    assert "checkpoint-1 could not be written" in told and "No whole checkpoint is there." in told
     assert last_checkpoint(tmp_path) is None
 
 
@@ -219,10 +219,14 @@ def test_a_model_that_cannot_be_saved(model_dir, tmp_path):
 )
 def test_every_writers_error_is_told(save):
     with pytest.raises(NotWritten, match="It could not be written to '/dev': .* MiB are free"):
-        with told_if_refused("It", "/dev"):
+        with told_if_refused("It", "/dev", "/dev"):
             save("/dev/full")
 
 
-def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="^shapes differ$"), told_if_refused("It", "/"):
-        raise RuntimeError("shapes differ")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ConnectionError(111, "refused"), OSError("no model")]
+)
+def test_other_errors_stay_what_they_are(error):
+    with pytest.raises(type(error)) as caught, told_if_refused("It", "/", "/"):
+        raise error
+    assert caught.value is error

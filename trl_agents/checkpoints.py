@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -94,8 +94,8 @@ def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | N
 
 
 @contextmanager
-def told_if_refused(what: str, folder: str | Path, keeps: str = "") -> Iterator[None]:
-    """Raises [`NotWritten`] in the place of the many errors that a full disk gives. `keeps` says what is not lost."""
+def told_if_refused(what: str, folder: str | Path, output_dir: str | Path) -> Iterator[None]:
+    """Raises [`NotWritten`] in the place of the many errors that a full disk gives; it says what is not lost."""
     try:
         yield
     except NotWritten:
@@ -103,15 +103,19 @@ def told_if_refused(what: str, folder: str | Path, keeps: str = "") -> Iterator[
     except Exception as error:
         if not _of_writing(error):
             raise
+        latest = last_checkpoint(output_dir)
         raise NotWritten(
             f"{what} could not be written to {str(Path(folder).absolute())!r}: {error}. There, {_free(folder)} are "
-            f"free. Free some space, let this user write there, or choose another output_dir. {keeps}".rstrip()
+            "free. Free some space, let this user write there, or choose another output_dir. "
+            + ("No whole checkpoint is there." if latest is None else f"The last whole checkpoint is {latest!r}.")
         ) from error
 
 
 def _of_writing(error: Exception) -> bool:
+    # Those of a network are OSErrors too
+    by_system = isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError))
     by_torch = isinstance(error, RuntimeError) and any(sign in str(error) for sign in TORCH_SIGNS)
-    return by_torch or isinstance(error, (OSError, SafetensorError))
+    return bool(by_system or by_torch or isinstance(error, SafetensorError))
 
 
 def _free(folder: str | Path) -> str:
@@ -134,9 +138,15 @@ def put_in_place(run_dir: str | Path, name: str) -> None:
         return
     for path in (*unfinished.rglob("*"), unfinished):
         _flush(path)
+    earlier = unfinished.with_name(f"{name}.replaced")
     if place.exists():  # of an earlier run, or of this one before it was resumed
-        place.rename(unfinished.with_name(f"{name}.replaced"))
-    unfinished.rename(place)
+        place.rename(earlier)
+    try:
+        unfinished.rename(place)
+    except BaseException:
+        if earlier.exists() and not place.exists():
+            earlier.rename(place)
+        raise
     _flush(place.parent)
     clear_unfinished(run_dir)
 
@@ -148,6 +158,7 @@ def _flush(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError) if path.is_dir() else nullcontext():  # not all file systems can do it with folders
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

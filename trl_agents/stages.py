@@ -20,7 +20,7 @@ BEGUN = "stage_begun.json"
 class Stages:
     """
     Runs stages and remembers them. A stage that ended leaves `stage.json` with its settings, written last: one that
-    was interrupted has none and is run again, from its [`last_checkpoint`] if it makes use of that.
+    was interrupted has none and is run again, from its [`~checkpoints.last_checkpoint`] if it makes use of that.
 
     Every process of a distributed run must make the same calls.
 
