@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from launching import launch, start_on_cpu
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from scripted import make_config, save_tiny_model
 from test_ppo_distributed import close
-from test_world_size import launch, recording, start_on_cpu
+from test_world_size import recording
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 

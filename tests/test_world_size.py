@@ -6,13 +6,12 @@ the number of processes and the precision: a bandit by GRPO and tic-tac-toe by P
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import launch, start_on_cpu
 from scripted import make_config, ready
 from test_ppo_distributed import close, fixed_batch
 from transformers import AutoModelForCausalLM
@@ -24,7 +23,6 @@ from trl_agents.stages import let_another_trainer_follow
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 
 
-ROOT = Path(__file__).parent.parent
 N_EPISODES, N_STEPS = 8, 3
 RUNS = {
     "bandit": (
@@ -74,18 +72,15 @@ def recording(trainer_class):
 
         def assign_credit(self, rollout, rewards, batch):
             credit = super().assign_credit(rollout, rewards, batch)
-            rows = zip(
-                batch["completion_ids"],
-                batch["completion_mask"].bool(),
-                credit["advantages"],
-                rollout.rows,
-                strict=True,
-            )
-            self.rows = self.rows or [
-                {"ids": ids[mask].tolist(), "advantages": values[mask].tolist()}
-                for ids, mask, values, row in rows
-                if row.turns  # the others only fill up
-            ]
+            if self.rows is None and rollout is not None:
+                masks = batch["completion_mask"].bool()
+                self.rows = [
+                    {"ids": ids[mask].tolist(), "advantages": advantages[mask].tolist()}
+                    for ids, mask, advantages, row in zip(
+                        batch["completion_ids"], masks, credit["advantages"], rollout.rows, strict=True
+                    )
+                    if row.turns  # the others only fill up
+                ]
             return credit
 
         def compute_loss(self, *args, **kwargs):
@@ -140,43 +135,6 @@ def train_all(model, folder, **settings):
 
 
 # -- one of two processes ---------------------------------------------------------------------------------------------
-
-
-def start_on_cpu():
-    """accelerate has no DeepSpeed and no FSDP without an accelerator, but takes up what it finds started."""
-    deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("DEEPSPEED", "FSDP"))
-    if not deepspeed and not fsdp:
-        return {"use_cpu": True}
-    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    if deepspeed:
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__.clear()  # or it compiles its own communication, for which it needs a compiler
-    PartialState(backend="gloo")
-    if fsdp:
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launch(config, script, *arguments, timeout=600, **options):
-    """`accelerate launch` with a file of `accelerate_configs/`, in two processes and full precision."""
-    options = {"num_processes": 2, "mixed_precision": "no", "main_process_port": free_port(), **options}
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
-    for name, value in options.items():
-        command += [f"--{name}", str(value)]
-    command += [str(script), *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
 
 
 def main(model, folder):

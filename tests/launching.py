@@ -1,0 +1,48 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`accelerate launch` with the files of `accelerate_configs/`, on this machine's CPUs."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def start_on_cpu():
+    """accelerate has no DeepSpeed and no FSDP without an accelerator, but takes up what it finds started."""
+    deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("DEEPSPEED", "FSDP"))
+    if not deepspeed and not fsdp:
+        return {"use_cpu": True}
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if deepspeed:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__.clear()  # or it compiles its own communication, for which it needs a compiler
+    PartialState(backend="gloo")
+    if fsdp:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return {"use_cpu": False, "accelerator_config": {"use_configured_state": True}}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch(config, script, *arguments, timeout=600, **options):
+    """`accelerate launch` with a file of `accelerate_configs/`, in two processes and full precision."""
+    options = {"num_processes": 2, "mixed_precision": "no", "main_process_port": free_port(), **options}
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    command += [str(script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
