@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import DPOConfig, DPOTrainer, ModelConfig
+from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents.checkpoints import last_checkpoint
+from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_learning_curve
 from trl_agents.preferences import PreferenceArguments
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
@@ -36,19 +37,22 @@ class ScriptArguments(PreferenceArguments):
 
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
-    check_stages(training_args, model_args)
-    beginning = begin(script_args, training_args, model_args.model_name_or_path)
+    check_stages(training_args, model_args, adapters=True)
+    adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
+    beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters)
 
     def dpo(folder):
         trainer = DPOTrainer(
             str(beginning.sft),
-            args=stage_arguments(training_args, folder),
+            args=stage_arguments(training_args, folder, **adapters.config),
             train_dataset=beginning.pairs,
             processing_class=AutoTokenizer.from_pretrained(beginning.sft, padding_side="left"),
+            **adapters.trainer,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(folder)
         trainer.create_model_card()
+        adapters.merge(beginning.sft, folder)
         if trainer.is_world_process_zero():
             history, metric = trainer.state.log_history, "rewards/accuracies"
             plot_learning_curve(history, folder.parent / "dpo_curve.png", metric, "pairs told right")

@@ -17,13 +17,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from trl_agents import episodes as logs
 from trl_agents import make_env
 from trl_agents.checkpoints import last_checkpoint
 from trl_agents.data import load_questions, prompt_completion
 from trl_agents.evaluation import held_out_seeds, interval, markdown_table, play_agents, summarize
+from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_accuracy, plot_regret
 from trl_agents.questions import answer_questions, evaluate_answers, load_model
 from trl_agents.recipe import as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
@@ -82,7 +83,8 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     args, seed, output_dir = script_args, training_args.seed, Path(training_args.output_dir)
     if (args.env_id is None) == (args.dataset is None):
         raise ValueError(f"env_id={args.env_id!r} and dataset={args.dataset!r}: one of the two must be null.")
-    check_stages(training_args, model_args, uses=["dtype"])
+    check_stages(training_args, model_args, uses=["dtype"], adapters=True)
+    adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     if args.raise_reward and args.min_reward is None:
         raise ValueError(f"raise_reward={args.raise_reward} raises min_reward, which is not given: give it.")
     if args.window is not None and args.context != "window":
@@ -152,11 +154,13 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
                 f"Nothing is good enough for {str(folder)!r}: lower min_reward, or sample more. (What was played can "
                 f"be kept: copy its episodes.jsonl and pass it as `episodes` before you delete the folder.)"
             )
-        own_args = stage_arguments(training_args, folder)
-        trainer = SFTTrainer(model, own_args, train_dataset=rows, processing_class=tokenizer)
+        own_args = stage_arguments(training_args, folder, **adapters.config)
+        model = str(last) if adapters.peft else model
+        trainer = SFTTrainer(model, own_args, train_dataset=rows, processing_class=tokenizer, **adapters.trainer)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(str(folder))
         trainer.create_model_card()
+        adapters.merge(last, folder)
         trainer.accelerator.wait_for_everyone()
 
     def play_and_learn(folder, number, last, replayed):
@@ -172,13 +176,14 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         return logs.best_episodes(logs.read_episodes(folder / "episodes.jsonl"), min_reward=threshold, **keeping)
 
     data = [args.env_id or args.dataset, settings, reading, args.style]
-    stages = Stages(output_dir, model=model_args.model_name_or_path, data=data, seed=seed)
+    stages = Stages(output_dir, model=model_args.model_name_or_path, data=data, seed=seed, **adapters.settings)
     first = model_args.model_name_or_path or stages.run("start", start, transcripts=args.num_transcripts)
     supervised = None
     if args.dataset and args.warmup_epochs:
         supervised = {"epochs": args.warmup_epochs, "learning_rate": args.warmup_learning_rate}
         supervised |= {"batch_size": args.warmup_batch_size, "completion_only_loss": not args.warmup_on_prompts}
         machine = {name: getattr(training_args, name) for name in ("bf16", "use_cpu", "disable_tqdm")}
+        machine["adapters"] = adapters
         warm_up = functools.partial(fine_tune, first, train, seed=seed, **supervised, **machine)
         first = stages.run("warmup", warm_up, **supervised)
     learning = {**trainer_settings(training_args), **keeping, "supervised": supervised}

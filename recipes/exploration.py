@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import GreedyAgent
 from trl_agents.checkpoints import last_checkpoint
 from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, play_agents, summarize
+from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
@@ -55,7 +56,8 @@ class ScriptArguments:
 
 
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
-    check_stages(training_args, model_args, uses=["dtype", "attn_implementation"])
+    check_stages(training_args, model_args, uses=["dtype", "attn_implementation"], adapters=True)
+    adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     if training_args.exploration:
         raise ValueError(f"exploration={training_args.exploration}: here `mechanisms` says what to compare.")
     arguments = {}
@@ -90,10 +92,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             env=script_args.env_id,
             args=args,
             processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
+            **adapters.trainer,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(folder)
         trainer.create_model_card()
+        adapters.merge(start, folder)
         if trainer.is_world_process_zero():
             plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
 
@@ -120,6 +124,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         model=model_args.model_name_or_path,
         env=[script_args.env_id, env_kwargs],
         seed=training_args.seed,
+        **adapters.settings,
     )
     warmth = {"transcripts": [script_args.num_transcripts, script_args.transcript_epsilon], **reading}
     start = model_args.model_name_or_path or stages.run("warmup", warm_up, **warmth)

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
 from trl_agents.checkpoints import last_checkpoint
 from trl_agents.evaluation import interval
+from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model, self_training_rows
 from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
@@ -71,7 +72,8 @@ class ScriptArguments(QuestionArguments):
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
     settings = script_args.question_settings
-    check_stages(training_args, model_args)
+    check_stages(training_args, model_args, adapters=True)
+    adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     check(script_args, training_args)
     # The given solutions may skip steps, those of a cold start were written with care
     whole = {"skipping": 0.0} if settings.get("skipping") else {}
@@ -83,7 +85,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     grading = {"choice": letters, "partial": 0.0}
     rewards = [Grading(**grading).reward, think_answer_format_reward]  # both weigh 1
     sft_settings = {"learning_rate": script_args.sft_learning_rate, "batch_size": script_args.sft_batch_size}
-    sft = functools.partial(fine_tune, batch_size=script_args.sft_batch_size, **machine_settings(training_args))
+    fit = functools.partial(fine_tune, batch_size=script_args.sft_batch_size, **machine_settings(training_args))
+    sft = functools.partial(fit, adapters=adapters)
     answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
 
     def pretrain(folder):
@@ -91,7 +94,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         tokenizer = tiny_tokenizer(texts, phrases=PHRASES)
         model = tiny_model(tokenizer, seed=training_args.seed)
         pace = {"epochs": script_args.base_epochs, "learning_rate": script_args.base_learning_rate}
-        sft(model, corpus, folder, tokenizer=tokenizer, completion_only_loss=False, **pace)
+        fit(model, corpus, folder, tokenizer=tokenizer, completion_only_loss=False, **pace)
 
     def cold_start(folder):
         rows = train.shuffle(seed=training_args.seed).select(range(min(script_args.cold_rows, len(train))))
@@ -113,13 +116,15 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         trainer = AgentGRPOTrainer(
             str(start),
             reward_funcs=rewards,
-            args=stage_arguments(training_args, folder),
+            args=stage_arguments(training_args, folder, **adapters.config),
             train_dataset=train.select_columns(["prompt", "answer"]),
             processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
+            **adapters.trainer,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(folder)
         trainer.create_model_card()
+        adapters.merge(start, folder)
         if trainer.is_world_process_zero():
             for reward, label in zip(rewards, ("accuracy", "format"), strict=True):
                 metric = f"rewards/{reward.__name__}/mean"
@@ -130,6 +135,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         model=model_args.model_name_or_path,
         data=[script_args.dataset, settings, script_args.num_train],
         seed=training_args.seed,
+        **adapters.settings,
     )
     pretraining = [script_args.base_tagged, script_args.base_direct, script_args.base_epochs]
     pretraining += [script_args.base_learning_rate, script_args.sft_batch_size]

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from datasets import concatenate_datasets
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.checkpoints import last_checkpoint
 from trl_agents.data import prompt_completion
 from trl_agents.evaluation import interval
+from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
 from trl_agents.recipe import (
@@ -89,7 +90,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     output_dir = Path(training_args.output_dir)
     if script_args.rerank and not script_args.num_votes:
         raise ValueError("rerank chooses among sampled answers, and num_votes=0 samples none: give their number.")
-    check_stages(training_args, model_args)
+    check_stages(training_args, model_args, adapters=True)
+    adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
+    if adapters.peft and "reft_separate_critic" in script_args.methods:
+        raise ValueError("The method reft_separate_critic trains a second trunk in full: leave it, or use_peft, out.")
     train, test = (prompt_completion(script_args.load(split), script_args.style) for split in ("train", "test"))
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
@@ -98,7 +102,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         "batch_size": script_args.sft_batch_size,
         "completion_only_loss": not script_args.sft_on_prompts,
     }
-    machine = machine_settings(training_args)
+    machine = {**machine_settings(training_args), "adapters": adapters}
     sft = functools.partial(fine_tune, **sft_settings, **machine)
     answering = {"max_new_tokens": training_args.max_completion_length, "progress": not training_args.disable_tqdm}
 
@@ -124,13 +128,15 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         trainer = AgentPPOTrainer(
             str(warm),
             reward_funcs=replace(grading, partial=partial_reward).reward,
-            args=stage_arguments(training_args, folder, **changes),
+            args=stage_arguments(training_args, folder, **adapters.config, **changes),
             train_dataset=train.select_columns(["prompt", "answer"]),
             processing_class=AutoTokenizer.from_pretrained(warm, padding_side="left"),
+            **adapters.trainer,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         trainer.save_model(folder)
         trainer.create_model_card()
+        adapters.merge(warm, folder)
         if trainer.is_world_process_zero():
             plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", "reward", "reward")
 
@@ -153,6 +159,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         model=model_args.model_name_or_path,
         data=[script_args.dataset, script_args.question_settings, script_args.num_train, script_args.style],
         seed=training_args.seed,
+        **adapters.settings,
     )
     start = model_args.model_name_or_path or stages.run(
         "start", lambda folder: save_tiny_start(train, folder, seed=training_args.seed)

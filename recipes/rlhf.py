@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.checkpoints import last_checkpoint
+from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
@@ -47,13 +48,14 @@ class ScriptArguments(PreferenceArguments):
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    check_stages(training_args, model_args)
+    check_stages(training_args, model_args, adapters=True)
     if training_args.beta <= 0.0 or training_args.kl_in != "reward":
         raise ValueError(
             f"beta={training_args.beta} and kl_in={training_args.kl_in!r}: the stage `ppo` has the KL in its reward, "
             "`ppo_no_kl` has none."
         )
-    beginning = begin(script_args, training_args, model_args.model_name_or_path)
+    adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
+    beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters)
     sft, judge, rewards = beginning.sft, beginning.reward_model, beginning.load_rewards(training_args.device)
 
     def ppo(args):
@@ -63,15 +65,17 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             args=args,
             train_dataset=beginning.pairs.select_columns(["prompt"]),
             processing_class=AutoTokenizer.from_pretrained(sft, padding_side="left"),
+            **adapters.trainer,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
         trainer.save_model(args.output_dir)
         trainer.save_state()  # with the log, which the picture is made of
         trainer.create_model_card()
+        adapters.merge(sft, args.output_dir)
 
     trained = {"sft": sft}
     for name in script_args.methods:
-        args = stage_arguments(training_args, output_dir / name, value_head_init=str(judge))
+        args = stage_arguments(training_args, output_dir / name, value_head_init=str(judge), **adapters.config)
         args.reward_weights = [1.0] + [0.0] * (len(rewards) - 1)  # the true utility is looked at, not trained on
         if name == "ppo_no_kl":
             args.beta, args.max_steps = NO_KL, script_args.no_kl_steps or args.max_steps

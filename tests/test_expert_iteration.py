@@ -146,7 +146,7 @@ def test_two_processes(tmp_path):
         (["--dataset", "arithmetic"], "dataset='arithmetic': one of the two must be null"),
         (["--env_id", "trl_agents/Bandt-v0"], "trl_agents/Bandt-v0"),
         (["--env_kwargs", '{"n_arms": 1}'], "n_arms"),
-        (["--use_peft", "true"], "leave out use_peft"),
+        (["--load_in_4bit", "true"], "add use_peft"),
         (["--keep_share", "1.5"], "share=1.5"),
         (["--keep_most", "0"], "most=0"),
         (["--raise_reward", "0.1"], "raise_reward=0.1"),

@@ -44,7 +44,7 @@ LAYERS = [
     (3, ["questions", "preference_eval", "r1"]),
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
-    (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf"]),
+    (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf", "lora"]),
     (4, ["report", "diagnostics"]),
     (4, ["estimate"]),
     (5, ["cli", "__main__"]),

@@ -226,7 +226,7 @@ def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch):
         (["--dataset", "gsm9k", "--dataset_kwargs", "{}"], "'gsm9k' is unknown"),
         (["--dataset_kwargs", '{"max_value": 1}'], "max_value"),
         (["--dataset", "questions.json", "--dataset_kwargs", "{}"], "--test_dataset"),
-        (["--use_peft", "true"], "leave out use_peft"),
+        (["--load_in_4bit", "true"], "add use_peft"),
         (["--base_tagged", "0.9", *SMALL[:2]], "tagged=0.9 and direct=0.2"),
         (["--resume_from_checkpoint", "outputs/checkpoint-2"], "leave resume_from_checkpoint out"),
         (["--reward_weights", "1"], "give two"),

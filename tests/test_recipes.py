@@ -314,7 +314,7 @@ def test_an_interrupted_reft_goes_on_where_it_was(tmp_path):
         (["--dataset", "gsm8k"], "only \"arithmetic\" has such settings, not 'gsm8k'"),
         (["--dataset_kwargs", '{"max_value": 1}'], "max_value"),
         (["--dataset", "questions.json", "--dataset_kwargs", "{}"], "--test_dataset"),
-        (["--use_peft", "true"], "leave out use_peft"),
+        (["--load_in_4bit", "true"], "add use_peft"),
         (["--partial_reward", "1.5"], "partial"),
         (["--rerank", "true"], "num_votes=0 samples none"),
         (["--resume_from_checkpoint", "outputs"], "leave resume_from_checkpoint out"),

@@ -120,11 +120,11 @@ def test_other_preferences_have_a_proxy_only(tmp_path):
     [
         ("rlhf", ["--beta", "0"], "beta=0.0"),
         ("rlhf", ["--kl_in", "loss"], "kl_in='loss'"),
-        ("rlhf", ["--use_peft", "true"], "leave out use_peft"),
+        ("rlhf", ["--use_peft", "true"], "separate_critic=True trains"),
         ("rlhf", ["--resume_from_checkpoint", "somewhere"], "leave resume_from_checkpoint out"),
         ("rlhf", ["--dataset", "pairs.json", "--dataset_kwargs", "{}"], "--test_dataset"),
         ("dpo", ["--dataset_kwargs", '{"nois": 1}'], "nois is unknown"),
-        ("dpo", ["--load_in_8bit", "true"], "leave out use_peft"),
+        ("dpo", ["--load_in_8bit", "true"], "add use_peft"),
     ],
 )
 def test_mistakes_are_told_first(tmp_path, name, arguments, said):

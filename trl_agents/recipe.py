@@ -128,8 +128,15 @@ def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> A
     return args
 
 
-def check_stages(training_args: Any, model_args: ModelConfig, uses: Collection[str] = ()) -> None:
-    """Raises `ValueError` for arguments that a recipe of several stages has no use for, but for `uses`."""
+def check_stages(
+    training_args: Any, model_args: ModelConfig, uses: Collection[str] = (), adapters: bool = False
+) -> None:
+    """
+    Raises `ValueError` for arguments that a recipe of several stages has no use for, but for `uses`. `adapters`: its
+    stages can train them ([`StageAdapters`]).
+    """
+    adapted = adapters and model_args.use_peft
+    uses = {*uses, "dtype"} if adapted else uses
     unused = [
         name
         for name in ("model_revision", "dtype", "attn_implementation", "trust_remote_code")
@@ -137,7 +144,13 @@ def check_stages(training_args: Any, model_args: ModelConfig, uses: Collection[s
     ]
     if unused:
         raise ValueError(f"This recipe's stages load models as they were saved: leave out {', '.join(unused)}.")
-    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
+    if adapters and not adapted and (model_args.load_in_4bit or model_args.load_in_8bit):
+        raise ValueError("Quantised weights are not trained, adapters on them are: add use_peft.")
+    if adapted and getattr(training_args, "separate_critic", False):
+        raise ValueError("separate_critic=True trains a second trunk in full, which use_peft is there to avoid.")
+    if adapted and getattr(training_args, "sync_ref_model", False):
+        raise ValueError("sync_ref_model=True needs a reference of its own, and use_peft holds none: leave one out.")
+    if not adapted and (model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit):
         raise ValueError("This recipe trains all weights in each of its stages: leave out use_peft and load_in_*bit.")
     if training_args.resume_from_checkpoint:
         raise ValueError("Stages go on by themselves where they were interrupted: leave resume_from_checkpoint out.")

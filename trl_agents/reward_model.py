@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ._trl import RewardConfig, RewardTrainer
+from .lora import StageAdapters
 from .stages import stage_config, train_and_save
 
 
@@ -27,6 +28,7 @@ def fit_reward_model(
     batch_size: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
+    adapters: StageAdapters | None = None,
     **reward_kwargs: Any,
 ) -> str:
     """
@@ -52,6 +54,8 @@ def fit_reward_model(
             Defaults to the model's.
         seed (`int`, *optional*, defaults to `0`):
             Seeds the head and the order of the pairs.
+        adapters ([`StageAdapters`], *optional*):
+            What is trained beside the head in place of all weights, and merged at the end.
         **reward_kwargs:
             Arguments of [`~trl.RewardConfig`] in place of the defaults here.
 
@@ -61,6 +65,7 @@ def fit_reward_model(
     if len(dataset) == 0:
         raise ValueError(f"There is no pair to learn {str(output_dir)!r} from.")
     pace = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    adapters = (adapters or StageAdapters()).of_reward_model()
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         warnings.warn(
@@ -71,11 +76,14 @@ def fit_reward_model(
         )
     trainer = RewardTrainer(
         str(model),
-        stage_config(RewardConfig, output_dir, len(dataset), **pace, **reward_kwargs),
+        stage_config(RewardConfig, output_dir, len(dataset), **pace, **adapters.config, **reward_kwargs),
         train_dataset=dataset.select_columns(["prompt", "chosen", "rejected"]),
         processing_class=tokenizer,
+        **adapters.trainer,
     )
-    return train_and_save(trainer, output_dir)
+    train_and_save(trainer, output_dir)
+    adapters.merge(model, output_dir, AutoModelForSequenceClassification)
+    return str(output_dir)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from .evaluation import Interval, interval
+from .lora import StageAdapters
 from .preference_eval import evaluate_replies
 from .preferences import PreferenceArguments, utility_reward
 from .questions import load_model
@@ -45,7 +46,9 @@ class Beginning:
         return {"proxy reward": get_model_reward(*judge), **utility}
 
 
-def begin(script_args: PreferenceArguments, training_args: Any, model: str | None) -> Beginning:
+def begin(
+    script_args: PreferenceArguments, training_args: Any, model: str | None, adapters: StageAdapters | None = None
+) -> Beginning:
     """
     Run the first stages, unless they are done: a model (made on the spot if None is named), fine-tuned on
     demonstrations (`sft`), and from there a reward model fitted to the preferences (`reward_model`).
@@ -57,11 +60,20 @@ def begin(script_args: PreferenceArguments, training_args: Any, model: str | Non
             Of the policy: where, on which machine, by which seed.
         model (`str`, *optional*):
             Folder or name of the model to start from.
+        adapters ([`StageAdapters`], *optional*):
+            What the stages train in place of all weights.
     """
+    adapters = adapters or StageAdapters()
     demonstrations, pairs, test = script_args.load(training_args.seed)
-    machine = machine_settings(training_args)
+    machine = {**machine_settings(training_args), "adapters": adapters}
     sft_settings, rm_settings = script_args.sft_settings, script_args.rm_settings
-    stages = Stages(training_args.output_dir, model=model, data=script_args.data_settings, seed=training_args.seed)
+    stages = Stages(
+        training_args.output_dir,
+        model=model,
+        data=script_args.data_settings,
+        seed=training_args.seed,
+        **adapters.settings,
+    )
     start = model or stages.run(
         "start", lambda folder: save_tiny_start(demonstrations, folder, seed=training_args.seed)
     )

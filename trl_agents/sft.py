@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from ._trl import SFTConfig, SFTTrainer
+from .lora import StageAdapters
 from .stages import stage_config, train_and_save
 
 
@@ -22,6 +23,7 @@ def fine_tune(
     batch_size: int,
     tokenizer: Any = None,
     seed: int = 0,
+    adapters: StageAdapters | None = None,
     **sft_kwargs: Any,
 ) -> str:
     """
@@ -46,6 +48,8 @@ def fine_tune(
             Defaults to the model's.
         seed (`int`, *optional*, defaults to `0`):
             Seeds the order of the rows.
+        adapters ([`StageAdapters`], *optional*):
+            What is trained in place of all weights and merged at the end, if `model` is a folder or name.
         **sft_kwargs:
             Arguments of [`~trl.SFTConfig`] in place of the defaults here.
 
@@ -55,11 +59,15 @@ def fine_tune(
     if len(dataset) == 0:
         raise ValueError(f"There is no row to fine-tune on for {str(output_dir)!r}.")
     pace = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    adapters = adapters or StageAdapters()
     columns = [name for name in ("prompt", "completion", "messages", "text") if name in dataset.column_names]
     trainer = SFTTrainer(
         str(model) if isinstance(model, Path) else model,
-        stage_config(SFTConfig, output_dir, len(dataset), **pace, **sft_kwargs),
+        stage_config(SFTConfig, output_dir, len(dataset), **pace, **adapters.config, **sft_kwargs),
         train_dataset=dataset.select_columns(columns),
         processing_class=tokenizer,
+        **adapters.trainer,
     )
-    return train_and_save(trainer, output_dir)
+    train_and_save(trainer, output_dir)
+    adapters.merge(model, output_dir)
+    return str(output_dir)

@@ -145,8 +145,8 @@ def estimate_memory(shape: ModelShape, plan: Plan, cluster: Cluster) -> Memory:
     if plan.side_by_side:
         rollout = {**resting, "gathered weights": gathered, "vLLM": vllm}
         if not plan.vllm_share:
-            # A norm after the keys, or none at all, leaves them in the type of the weights
-            held = plan.weight_bytes if not plan.bf16 else 2
+            # Autocast leaves the keys, which are turned by positions in float32, in float32, and the values not
+            held = 3 if plan.bf16 and plan.weight_bytes == 4 and not sharding.stage else computes
             kv = kv_cache_bytes(shape, plan.side_by_side, plan.longest, held, plan.grown_by)
             first = plan.episode.reads[0] if plan.episode else 1
             read = dry_run(shape, plan.side_by_side, first, dtype=torch.bfloat16, gradients=False)

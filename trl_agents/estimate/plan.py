@@ -132,7 +132,8 @@ class Plan:
         if method == own:
             return self
         if method == "full":
-            return replace(self, adapter=None)
+            # As one trains all weights: in mixed precision, by Adam
+            return replace(self, adapter=None, weight_bytes=4, optimizer="adamw_torch_fused")
         if method == "lora":
             adapter = replace(self.adapter or Adapter(16), bits=16)
             return replace(self, adapter=adapter, separate_critic=False, weight_bytes=2)

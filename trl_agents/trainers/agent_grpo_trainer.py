@@ -137,6 +137,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             if getattr(args, "exploration", None):
                 raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
+            self._keep_packing()
             self.add_callback(Memorize(self))
             self.display = show_training(self)
             return
@@ -172,11 +173,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             self.reward_weights = torch.tensor([1.0, *weights])
         if self.is_fsdp_enabled:
             check_fsdp(self)
-        for module in self.model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
-                # is, and lets no gradient through them from then on
-                module.support_avx512bf16_for_cpu = False
+        self._keep_packing()
         self.add_callback(Memorize(self))
         self.display = show_training(self)
         self.rollout_func = self.rollout_output
@@ -188,6 +185,13 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
         self.lost_shares = deque([0.0] * 3, maxlen=3)  # of the latest rollouts' episodes: lost to faults
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
         self.latest: list[Trajectory] = []  # those, or of `play` if that was later
+
+    def _keep_packing(self) -> None:
+        for module in self.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, which a rollout
+                # is, and lets no gradient through them from then on
+                module.support_avx512bf16_for_cpu = False
 
     # -- playing -----------------------------------------------------------------------------------------------------
 
