@@ -49,7 +49,7 @@ def resume(case, checkpoint, folder, model_dir, **changes):
         return trainer, trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-SLOW = {"grpo-adapter", "ppo-chat", "ppo-lora", "self-play"}
+SLOW = {"grpo-adapter", "ppo-chat", "ppo-dataset", "ppo-lora", "self-play"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
@@ -66,7 +66,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(model_dir, tmp_path, case):
     assert (tmp_path / "whole" / "checkpoint-3" / REFERENCE_FILE).exists() == ("sync_ref_model" in CASES[case])
 
 
-@pytest.mark.parametrize("step", [4, 6])  # where a rollout and an epoch end, and behind the first epoch
+# Where a rollout and an epoch end, and behind the first epoch
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_from_other_places(model_dir, tmp_path, step):
     settings = {"save_steps": step, "max_steps": 7}
     whole = make("grpo-chat", tmp_path / "whole", model_dir, **settings)
