@@ -114,7 +114,7 @@ class ContextRandomization(Mechanism):
     """
     Calls the actions by each other's names, drawn anew at every turn: a liking for a name cannot become one for an
     action. The history's `Action=X` are renamed, the reply's action is named back. Needs a windowed context, and
-    actions that stay the same all episode. Episodes that were played so are nothing for `episodes.training_rows`, which
+    actions that stay the same all episode. Episodes that were played so are nothing for `episodes.training_rows`: it
     would have the replies learnt under the actions' own names.
     """
 
