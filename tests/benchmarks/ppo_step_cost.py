@@ -26,7 +26,6 @@ import platform
 import statistics
 import tempfile
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -34,45 +33,13 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer
+from trl_agents.estimate.dry_run import LiveBytes
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 
 
 TARGETS = {"time": 1.2, "memory": 1.1}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made while it is open and not yet freed; `peak` is the most at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.seen: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)}
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if torch.is_tensor(tensor):
-                self._count(tensor.untyped_storage(), known)
-        return output
-
-    def _count(self, storage: torch.UntypedStorage, known: set[int]) -> None:
-        key = storage._cdata
-        if key in known or key in self.seen:  # a view, or written in place
-            return
-        size = storage.nbytes()
-
-        def free():
-            self.live -= size
-            self.seen.pop(key, None)
-
-        self.seen[key] = weakref.finalize(storage, free)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 def make_trainers(options: argparse.Namespace, folder: str) -> dict[str, Any]:
