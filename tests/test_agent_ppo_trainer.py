@@ -61,6 +61,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
@@ -1025,6 +1026,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(trl.__version__ < "1.15", reason="trl 1.14 makes whole logits")
 def test_the_logits_of_a_batch_are_never_held(make_trainer):
     trainer = make_trainer(env=None, num_iterations=2)
     completions = [[50 + number % 7 for number in range(400)] for _ in range(24)]
