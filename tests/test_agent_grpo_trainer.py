@@ -725,7 +725,7 @@ def test_turn_estimator_does_not_warn_of_equal_length(make_trainer):
 # -- the installed TRL ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["0.17.0", "1.13.0", "1.17.0", "2.0.0"])
+@pytest.mark.parametrize("version", ["0.17.0", "1.13.0", "1.15.0", "1.17.0", "2.0.0"])
 def test_other_releases_of_trl_are_refused(version):
     with pytest.raises(ValueError, match=f"trl {version} is installed.*pip install"):
         check_trl(version=version)
