@@ -30,9 +30,9 @@ def run(name: str, *arguments, small: bool = True):
 @pytest.mark.parametrize("config", sorted(path.stem for name in NAMES for path in RECIPES.glob(f"configs/{name}_*")))
 def test_every_config_parses(config, tmp_path):
     path = RECIPES / "configs" / f"{config}.yaml"
-    script_args, training_args, _ = parse(recipe(config.split("_")[0]), path, "--output_dir", str(tmp_path))
+    arguments = parse(recipe(config.split("_")[0]), path, "--output_dir", str(tmp_path))
     for key, value in yaml.safe_load(path.read_text()).items():  # every line has an effect
-        parsed = [getattr(args, key) for args in (script_args, training_args) if hasattr(args, key)]
+        parsed = [getattr(args, key) for args in arguments if hasattr(args, key)]
         assert key in ("output_dir", "bf16", "report_to") or value in parsed, key
 
 
