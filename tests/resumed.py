@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from scripted import make_config
@@ -34,8 +35,9 @@ LONG = {
 }
 
 
-def paid(completions, **kwargs):
-    """A reward that most completions differ in."""
+def paid(completions, log_extra, **kwargs):
+    """A reward that most completions differ in, and that logs numbers of NumPy's."""
+    log_extra("length", list(np.array([len(completion) for completion in completions])))
     return [sum(map(ord, str(completion))) % 17 / 17 for completion in completions]
 
 

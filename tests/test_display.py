@@ -2,6 +2,7 @@
 """What a terminal shows of a training: told apart from one that nobody looks at, and left in order by failures."""
 
 import io
+import logging
 import math
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pandas
 import pytest
 from rich.console import Console
 from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 
 from trl_agents._trl import RichProgressCallback
 from trl_agents.trainers.display import BLOCKS, MEASURES, TrainingDisplay, course, show_training
@@ -60,7 +61,7 @@ def test_progress_and_measures_are_shown(make):
     mean = trainer.state.log_history[0]["agents/return_mean"]
     assert f"{mean:.4g}" in last and "invalid replies" in last and "8.3%" in last  # one of twelve replies
     assert [(bar.turns, bar.valid) for bar in bars] == [(12, 11)] * 3
-    assert trainer.display.progress.task_ids == [trainer.display.training]  # a rollout's bar goes with it
+    assert bars[0].progress.task_ids == [trainer.display.training]  # a rollout's bar goes with it
 
 
 def test_a_failure_leaves_the_terminal_in_order(make):
@@ -75,11 +76,72 @@ def test_a_failure_leaves_the_terminal_in_order(make):
 def test_where_nobody_looks_everything_stays_as_it_was(make):
     trainer = make()
     assert trainer.display is None and ProgressCallback in kinds(trainer)
-    assert show_training(trainer, Console(file=io.StringIO())) is None
     quiet = make(disable_tqdm=True)
     assert show_training(quiet, terminal()) is None and PrinterCallback in kinds(quiet)
     other = make(callbacks=[RichProgressCallback()])
     assert show_training(other, terminal()) is None
+
+
+def test_colours_that_are_forced_make_no_terminal(make, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in many CIs
+    assert Console(stderr=True).is_terminal
+    assert make().display is None
+
+
+def test_a_terminal_that_moves_no_cursor(make, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert make().display is None
+
+
+def test_lines_of_others_go_above_and_their_streams_come_back(make, monkeypatch):
+    trainer, console = make(), terminal()
+    trainer.display = show_training(trainer, console)
+    handler = logging.StreamHandler()  # keeps standard error as it is now
+    log = logging.getLogger("somebody.else")
+    log.addHandler(handler)
+    stream, seen = handler.stream, []
+
+    class Speak(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((handler.stream is stream, trainer.display.is_open))
+            log.error("the push failed at %d", state.global_step)
+
+        def on_log(self, args, state, control, **kwargs):
+            seen.append((handler.stream is stream, trainer.display.is_open))
+
+    trainer.add_callback(Speak())
+    trainer.train()
+    log.removeHandler(handler)
+    assert seen == [(False, True), (True, False)] * 3 + [(True, False)]  # aside while TRL logs
+    assert handler.stream is stream and "the push failed at 2" in console.file.getvalue()
+
+
+def test_standard_output_in_a_file_stays_there(make, monkeypatch):
+    trainer, kept = make(), []
+    trainer.display = show_training(trainer, terminal())
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.append(sys.stdout)
+
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    trainer.add_callback(Look())
+    trainer.train()
+    assert kept == [out] * 3
+
+
+def test_slow_updates_have_an_end(make):
+    display = TrainingDisplay(terminal())
+    display.on_train_begin(None, TrainerState(max_steps=10), None)
+    clock = iter(range(0, 10**6, 40))
+    display.progress.get_time = lambda: next(clock)  # 40 seconds from look to look
+    for step in (1, 2, 3):
+        display.on_step_end(None, TrainerState(global_step=step), None)
+    remaining = display.progress.tasks[0].time_remaining
+    display.close()
+    assert remaining is not None and remaining > 100
 
 
 def test_other_processes_are_quiet(make, monkeypatch):
@@ -141,7 +203,7 @@ def test_every_measure_that_is_shown_is_explained():
 
 @pytest.mark.slow
 def test_at_a_real_terminal(tmp_path, model_dir):
-    """The trainer finds the terminal by itself, and what it prints meanwhile stands above the display."""
+    """The trainer finds the terminal by itself."""
     code = f"""
     import sys; sys.path.insert(0, {str(HERE)!r})
     from scripted import *

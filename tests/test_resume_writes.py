@@ -22,6 +22,7 @@ from trl_agents.checkpoints import (
     STATE_FILE,
     UNFINISHED,
     NotWritten,
+    clear_unfinished,
     find_checkpoint,
     is_whole,
     last_checkpoint,
@@ -230,3 +231,14 @@ def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as caught, told_if_refused("It", "/", "/"):
         raise error
     assert caught.value is error
+
+
+def test_a_kill_between_the_two_moves_loses_nothing(tmp_path):
+    """A checkpoint that takes the place of another: killed when the earlier one has left, and the new one not come."""
+    unfinished = tmp_path / UNFINISHED
+    for name in ("checkpoint-2", "checkpoint-2.replaced"):
+        (unfinished / name).mkdir(parents=True)
+        (unfinished / name / "trainer_state.json").write_text(json.dumps({"from": name}))
+    clear_unfinished(tmp_path)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2") and not unfinished.exists()
+    assert "replaced" in (tmp_path / "checkpoint-2" / "trainer_state.json").read_text()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import trl
 from accelerate.utils import gather_object, is_peft_model, send_to_device
@@ -314,9 +315,10 @@ class RolloutGRPOTrainer(GRPOTrainer):
                 self.writes_checkpoint = True
                 super()._save_checkpoint(model, trial)
                 self.save_beside(Path(run_dir, UNFINISHED, name))
-                best = self.state.best_model_checkpoint
-                if best is not None and Path(best).parent.name == UNFINISHED:
-                    self.state.best_model_checkpoint = os.path.join(run_dir, Path(best).name)
+                best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+                # `Trainer` has looked for it beside this one, and its path in an earlier run may be another
+                if best == name or os.path.isdir(os.path.join(run_dir, best)):
+                    self.state.best_model_checkpoint = os.path.join(run_dir, best)
                     if self.args.should_save:
                         self.state.save_to_json(os.path.join(run_dir, UNFINISHED, name, STATE_FILE))
                 self._on_one_process_a_machine(put_in_place, run_dir, name)
@@ -407,9 +409,10 @@ class RolloutGRPOTrainer(GRPOTrainer):
 
     @property
     def batch_shape(self) -> dict[str, int]:
-        """What the place within a rollout is counted in."""
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        """What the place within a rollout is counted in, and what its batches hold."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "use_vllm")
         shape = {name: getattr(self.args, name) for name in names}
+        shape |= {"with_critic": self.has_critic, "with_reference": self.beta != 0.0}
         return {**shape, "num_iterations": self.num_iterations, "num_processes": self.accelerator.num_processes}
 
     def work_in_progress(self) -> dict[str, Any]:
@@ -424,7 +427,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
             "step": self._step,
             "rollout": send_to_device(self._buffered_inputs, "cpu") if mid_rollout else None,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "tables": {} if self._logs["images"] else tables,
+            "tables": {} if self._logs["images"] else _plain(tables),
             "loss": self._tr_loss.cpu(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
@@ -587,6 +590,17 @@ def _keeping_dtypes(model: torch.nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.dtype != dtypes.get(name, parameter.dtype):
             parameter.data = parameter.data.to(dtypes[name])
+
+
+def _plain(value: Any) -> Any:
+    """`value` with what a checkpoint does not take, such as NumPy's numbers, as Python's own or as text."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, (str, int, float, torch.Tensor)) else str(value)
 
 
 def _emptied(logs: dict[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,11 @@ def _free(folder: str | Path) -> str:
 
 
 def clear_unfinished(run_dir: str | Path) -> None:
-    """Remove what a process that was killed left behind."""
+    """Remove what a process that was killed left behind, but for a whole checkpoint that it was about to replace."""
+    for earlier in (Path(run_dir) / UNFINISHED).glob("*.replaced"):
+        place = Path(run_dir) / earlier.name.removesuffix(".replaced")
+        if not place.exists():
+            earlier.rename(place)
     shutil.rmtree(Path(run_dir) / UNFINISHED, ignore_errors=True)
 
 

@@ -122,10 +122,13 @@ def _cluster_of(args: argparse.Namespace) -> Any:
     else:
         given = {name: value for name, value in given.items() if value is not None}
         cluster = Cluster(find_gpu(args.gpu or "H100"), **given)
-    if sharding is None:
-        sharding = Sharding("ddp" if cluster.n_gpus > 1 else "none")
     from dataclasses import replace
 
+    plain = Sharding("ddp" if cluster.n_gpus > 1 else "none")
+    if sharding is None:
+        sharding = plain
+    elif sharding.kind in ("ddp", "none"):  # --gpus may have made one of the other
+        sharding = replace(sharding, kind=plain.kind)
     return replace(cluster, sharding=sharding)
 
 

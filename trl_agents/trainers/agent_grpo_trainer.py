@@ -8,6 +8,7 @@ import textwrap
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
 from .checks import check_dataset, check_environment, check_fsdp, check_settings, check_types
-from .display import show_training
+from .display import TrainingDisplay, show_training
 from .memory import Memorize, recall_from, write_memory
 
 
@@ -97,6 +98,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
     env_pool: EnvPool | None = None
     files_beside: tuple[str, ...] = ()  # what is saved beside the model's own weights
     resumed_from: str | None = None  # the checkpoint
+    display: TrainingDisplay | None = None
 
     _tag_names = ["trl", "grpo", "trl-agents"]
     _name = "AgentGRPO"
@@ -343,6 +345,10 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             if self.display is not None:
                 self.display.close()
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs, start_time=None):
+        with nullcontext() if self.display is None else self.display.aside():
+            super().log(logs, start_time)
 
     # -- what a resumed run must not have forgotten -------------------------------------------------------------------
 

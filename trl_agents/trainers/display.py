@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -62,7 +65,9 @@ class TrainingDisplay(TrainerCallback):
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
         self.live: Live | None = None
+        self.progress: Progress | None = None  # of the training that is going on
         self.logged: dict[str, list[float]] = {}
+        self.handlers: list[tuple[logging.StreamHandler, Any]] = []  # whose lines go above it, and where they went
 
     @property
     def is_open(self) -> bool:
@@ -80,30 +85,63 @@ class TrainingDisplay(TrainerCallback):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
+            speed_estimate_period=3600,  # an update may take longer than rich's half minute
         )
         self.training = self.progress.add_task("Training", total=state.max_steps, note="updates")
-        self.live = Live(self._picture(), console=self.console, refresh_per_second=4)
-        self.live.start()
+        self._open()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_open:
             self.progress.update(self.training, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not self.is_open:
+        if self.progress is None:
             return
         for name in MEASURES:
             value = _number(logs, name)
             if value is not None:
                 self.logged.setdefault(name, []).append(value)
-        self.live.update(self._picture())
+        if self.is_open:
+            self.live.update(self._picture())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
     def close(self) -> None:
         """Leave the terminal as it was, with the last picture in it; also after a failure."""
+        self._shut(leave=True)
+        self.progress = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While open, the terminal is left to others: TRL prints its table of completions past all redirection."""
+        was_open = self.is_open
+        self._shut(leave=False)
+        try:
+            yield
+        finally:
+            if was_open:
+                self._open()
+
+    def _open(self) -> None:
+        # Standard output may go to a file, where it belongs then
+        to_terminal = sys.stdout.isatty()
+        streams = {id(sys.stderr): "stderr"} | ({id(sys.stdout): "stdout"} if to_terminal else {})
+        self.live = Live(
+            self._picture(), console=self.console, refresh_per_second=4, redirect_stdout=to_terminal, transient=True
+        )
+        self.live.start()
+        for handler in _stream_handlers():
+            if name := streams.get(id(handler.stream)):
+                self.handlers.append((handler, handler.setStream(getattr(sys, name))))
+
+    def _shut(self, leave: bool) -> None:
+        """Stop showing it; `leave` the last picture where it is."""
+        for handler, stream in self.handlers:
+            handler.setStream(stream)
+        self.handlers.clear()
         if self.live is not None:
+            self.live.transient = not leave
             self.live.stop()
             self.live = None
 
@@ -154,16 +192,34 @@ def show_training(trainer: AgentGRPOTrainer, console: Console | None = None) -> 
     Show a trainer's progress by a [`TrainingDisplay`], if it is this process's to show and somebody looks: on the main
     process, at a terminal, unless `disable_tqdm`, a notebook's own display or TRL's `RichProgressCallback` says
     otherwise. Else None, and everything stays as it was.
+
+    Args:
+        trainer ([`AgentGRPOTrainer`]):
+            The trainer.
+        console (`rich.console.Console`, *optional*):
+            Where to show it, whoever looks. Defaults to standard error, if that is a terminal.
     """
-    console = console or Console(stderr=True)
+    if console is None:
+        console = Console(stderr=True)
+        # rich's own `is_terminal` holds for a file too where FORCE_COLOR is set
+        if not sys.stderr.isatty() or console.is_dumb_terminal:
+            return None
     own = [callback for callback in trainer.callback_handler.callbacks if type(callback) is ProgressCallback]
     others = [each for each in trainer.callback_handler.callbacks if isinstance(each, RichProgressCallback)]
-    if not (own and not others and trainer.is_world_process_zero() and console.is_terminal):
+    if not own or others or not trainer.is_world_process_zero():
         return None
     trainer.remove_callback(own[0])
     display = TrainingDisplay(console)
     trainer.add_callback(display)
     return display
+
+
+def _stream_handlers() -> Iterator[logging.StreamHandler]:
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for logger in loggers:
+        for handler in getattr(logger, "handlers", ()):  # some are placeholders
+            if type(handler) is logging.StreamHandler:
+                yield handler
 
 
 def course(values: list[float], width: int = WIDTH) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -79,10 +80,14 @@ def work_in(trainer: AgentGRPOTrainer, folder: str) -> dict[str, Any] | None:
     if not file.exists():
         problem = f"it has no {file.name}"
     else:
-        work = torch.load(file, map_location="cpu", weights_only=True)
-        if work["shape"] == trainer.batch_shape:
-            return work
-        problem = f"it was written with {work['shape']}, and this run has {trainer.batch_shape}"
+        try:
+            work = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            problem = f"{file.name} cannot be read ({str(error).splitlines()[0]})"
+        else:
+            if work["shape"] == trainer.batch_shape:
+                return work
+            problem = f"it was written with {work['shape']}, and this run has {trainer.batch_shape}"
     warnings.warn(
         f"A rollout that was begun is not gone on with from {folder}: {problem}. The next one is played at once.",
         stacklevel=2,
