@@ -199,16 +199,20 @@ def test_unknown_hooks_are_told(sharded):
     assert len(module._forward_pre_hooks) == 1
 
 
-def fake(version=2, efficient=False, ref_model=None, processes=2, use_vllm=False):
+def fake(version=2, efficient=False, ref_model=None, processes=2, use_vllm=False, plays=True, has_critic=False):
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
     accelerator = SimpleNamespace(num_processes=processes, state=SimpleNamespace(fsdp_plugin=plugin))
-    return SimpleNamespace(accelerator=accelerator, ref_model=ref_model, beta=0.1, use_vllm=use_vllm)
+    kinds = {"use_vllm": use_vllm, "plays": plays, "has_critic": has_critic}
+    return SimpleNamespace(accelerator=accelerator, ref_model=ref_model, beta=0.1, **kinds)
 
 
 def test_what_would_hang_or_go_wrong_is_refused():
     check_fsdp(fake())
     check_fsdp(fake(efficient=True))
     check_fsdp(fake(version=1, use_vllm=True))
+    check_fsdp(fake(version=1, plays=False))  # is TRL's GRPO
+    with pytest.raises(ValueError, match="fsdp_version: 1"):
+        check_fsdp(fake(version=1, plays=False, has_critic=True))
     with pytest.raises(ValueError, match="fsdp_version: 1 .* Use fsdp_version: 2"):
         check_fsdp(fake(version=1))
     with pytest.raises(ValueError, match=r"fsdp_cpu_ram_efficient_loading: true .* \(beta=0.1\)"):

@@ -132,7 +132,8 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
 def check_fsdp(trainer: Any) -> None:
     """Raises `ValueError` for kinds of FSDP that a rollout, or the reference model, would not survive."""
     plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2 and not trainer.use_vllm:
+    ours = trainer.plays or trainer.has_critic  # else everything is TRL's
+    if ours and plugin.fsdp_version != 2 and not trainer.use_vllm:
         raise ValueError(
             f"fsdp_version: {plugin.fsdp_version} gathers the weights in every forward pass, of which processes make "
             "as many as their own episodes need: they would wait for each other for ever. Use fsdp_version: 2 "
