@@ -11,7 +11,7 @@ import torch
 import trl
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_agents._trl import add_fused_lm_head
 from trl_agents.estimate.cluster import GIB, GPUS, Cluster, Sharding, find_gpu
@@ -21,7 +21,7 @@ from trl_agents.estimate.memory import estimate_memory, head_bytes, kv_cache_byt
 from trl_agents.estimate.plan import Adapter, Plan
 from trl_agents.estimate.published import PUBLISHED
 from trl_agents.estimate.report import Estimate, describe, estimate, suggest, tabulate
-from trl_agents.estimate.shape import read_shape
+from trl_agents.estimate.shape import measure_shape, read_shape
 from trl_agents.estimate.states import count_states, frozen_bytes, quantised_bytes
 from trl_agents.estimate.timing import Times, estimate_times, forward_flops, update_flops
 from trl_agents.rollout.cache import SlotCache, SlotModel
@@ -428,3 +428,10 @@ def test_the_catalogue_has_trls_figures():
     assert find_gpu("rtx 4090") is GPUS["RTX4090"]
     with pytest.raises(ValueError, match="'H101'.*H100.*--cluster"):
         find_gpu("H101")
+
+
+def test_a_mixture_of_experts_is_refused():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("mixtral", vocab_size=64, num_key_value_heads=1, num_local_experts=8, **sizes)
+    with pytest.raises(ValueError, match="mixture of experts"):
+        measure_shape(config, "mine")

@@ -119,6 +119,12 @@ def measure_shape(config: PreTrainedConfig, name: str, source: str = "configurat
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{name} ({config.model_type}) cannot be made as a causal language model: {error}") from error
+    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    if experts > 0.1 * sum(parameter.numel() for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} ({config.model_type}) is a mixture of experts, of which a token meets a few: its times and its "
+            "quantised memory are not known here. Give a dense model of the size you are interested in."
+        )
     model.tie_weights()
     head = model.get_output_embeddings()
     parameters = {id(parameter): parameter.numel() for parameter in model.parameters()}
