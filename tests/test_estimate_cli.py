@@ -84,9 +84,9 @@ def test_accelerates_files_are_read(tmp_path):
     def kind(name):
         return read_accelerate(ROOT / "accelerate_configs" / f"{name}.yaml")
 
-    assert kind("zero2") == (Sharding("zero2", mixed_precision="bf16"), 8, 1)
+    assert kind("zero2") == (Sharding("zero2"), 8, 1)
     assert kind("zero3")[0].stage == 3 and kind("fsdp2")[0].kind == "fsdp" and kind("multi_gpu")[0].kind == "ddp"
-    assert kind("single_gpu") == (Sharding("none", mixed_precision="bf16"), 1, 1)
+    assert kind("single_gpu") == (Sharding("none"), 1, 1)
     text = (ROOT / "accelerate_configs" / "zero3.yaml").read_text()
     other = tmp_path / "offload.yaml"
     other.write_text(text.replace("device: none", "device: cpu").replace("num_machines: 1", "num_machines: 2"))

@@ -72,14 +72,11 @@ class Sharding:
             `"none"` (one process), `"ddp"`, `"zero1"`, `"zero2"`, `"zero3"` or `"fsdp"`.
         offload_optimizer, offload_parameters (`bool`, *optional*, defaults to `False`):
             Whether DeepSpeed keeps optimizer states, or weights, in the host's memory.
-        mixed_precision (`str`, *optional*):
-            What accelerate's file says; None leaves it to the recipe.
     """
 
     kind: str = "none"
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    mixed_precision: str | None = None
 
     @property
     def deepspeed(self) -> bool:
@@ -200,7 +197,7 @@ def read_accelerate(path: str | Path) -> tuple[Sharding, int, int]:
     if "distributed_type" not in given:
         raise ValueError(f"{path} has no `distributed_type`: give a file of accelerate_configs/.")
     kind, n_gpus = str(given["distributed_type"]), int(given.get("num_processes", 1))
-    sharding = Sharding(mixed_precision=given.get("mixed_precision"))
+    sharding = Sharding()
     if kind == "DEEPSPEED":
         settings = given.get("deepspeed_config") or {}
         if settings.get("deepspeed_config_file"):

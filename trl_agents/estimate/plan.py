@@ -188,8 +188,7 @@ def read_plan(
     if positions is None or getattr(args, "max_episode_length", None):
         limits = [positions, getattr(args, "max_episode_length", None)]
         positions = min((limit for limit in limits if limit), default=None)
-    mixed = cluster.sharding.mixed_precision
-    bf16 = given.get("bf16", True if mixed in (None, "bf16") else False)
+    bf16 = given.get("bf16", not given.get("fp16", False))  # as TRL, whatever the launch file says
     common: dict[str, Any] = {
         "recipe": script.stem,
         "trainer": trainer,
