@@ -107,16 +107,21 @@ def test_it_appears_when_it_is_whole(model_dir, tmp_path, monkeypatch):
 
 
 def test_the_best_one_is_named_by_its_place(model_dir, tmp_path):
-    evaluate = {"eval_strategy": "steps", "eval_steps": 1, "num_eval_seeds": 2, "per_device_eval_batch_size": 2}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "agents/turns_mean"}  # always the same
-    trainer = make(
-        "grpo-window", tmp_path, model_dir, save_steps=1, max_steps=3, save_total_limit=1, **evaluate, **best
-    )
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "num_eval_seeds": 2, "per_device_eval_batch_size": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "agents/turns_mean"}  # always the same
+    settings |= {"save_steps": 1, "save_total_limit": 1}
+    here, there = tmp_path / "here", tmp_path / "there"
+    trainer = make("grpo-window", here, model_dir, max_steps=3, **settings)
     trainer.train()
-    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert kept == {"checkpoint-1"} and trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
-    state = json.loads((tmp_path / "checkpoint-1" / STATE_FILE).read_text())
-    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+    kept = {path.name for path in here.glob("checkpoint-*")}
+    assert kept == {"checkpoint-1"} and trainer.state.best_model_checkpoint == str(here / "checkpoint-1")
+    state = json.loads((here / "checkpoint-1" / STATE_FILE).read_text())
+    assert state["best_model_checkpoint"] == str(here / "checkpoint-1")
+    here.rename(there)  # it stays the best where the run goes on in another place
+    trainer = make("grpo-window", there, model_dir, max_steps=3, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(there / "checkpoint-1")
+    assert {path.name for path in there.glob("checkpoint-*")} == {"checkpoint-1"}
 
 
 @contextmanager
