@@ -1,10 +1,12 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """`accelerate launch` with the files of `accelerate_configs/`, on this machine's CPUs."""
 
+import atexit
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 
@@ -13,6 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 def start_on_cpu():
     """accelerate has no DeepSpeed and no FSDP without an accelerator, but takes up what it finds started."""
+    # Gloo's threads that still hold a tensor when Python goes down abort the process ("terminate called without an
+    # active exception", pytorch#179291): a moment with the GIL free, and they have let go
+    atexit.register(time.sleep, 0.5)
     deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("DEEPSPEED", "FSDP"))
     if not deepspeed and not fsdp:
         return {"use_cpu": True}
