@@ -34,7 +34,7 @@ def check_nonce(trajectories):
         assert trajectory.final_observation == said
 
 
-def play_counting(factory, answer, episodes, n_slots=1, timeout=None, processes=False, **kwargs):
+def play_counting(factory, answer, episodes, n_slots=1, timeout=None, processes=False, max_length=None, **kwargs):
     """Trajectories, and how many faults there were."""
     pool = EnvPool(factory, n_slots, timeout, processes=processes)
     backend = Scripted(answer) if callable(answer) else answer
@@ -44,7 +44,7 @@ def play_counting(factory, answer, episodes, n_slots=1, timeout=None, processes=
         ChatContext(tokenizer()),
         ActionParser(),
         Briefing("Play."),
-        Rules(),
+        Rules(max_length=max_length),
         **{"patience": 10, **kwargs},
     )
     try:

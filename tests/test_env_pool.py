@@ -138,6 +138,16 @@ class TestProcesses:
         pool.close()
         assert wait_until(lambda: not any(map(is_running, started))), "left behind"
 
+    def test_one_that_crashes_and_will_not_be_closed(self, tmp_path, monkeypatch):
+        """It is gone long before the pool is closed: a run may see thousands of them."""
+        monkeypatch.setattr("trl_agents.rollout.processes.CLOSE_SECONDS", 0.2)
+        pool = EnvPool(functools.partial(Doomed, str(tmp_path)), 1, reset_timeout=60, processes=True)
+        pool.reset(0, 15)
+        assert pool.collect(60, True)[0].fault is None
+        pool.renew(0)
+        assert wait_until(lambda: not any(map(is_running, helpers(tmp_path)))) and len(helpers(tmp_path)) == 2
+        pool.close()
+
     def test_what_cannot_be_pickled(self):
         class Local(Steps):
             pass

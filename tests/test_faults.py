@@ -118,9 +118,19 @@ class Unprintable(Exception):
         raise RuntimeError
 
 
+class Unshowable(SyntaxError):
+    """Python's own way to show it fails, on what the environment says was wrong where."""
+
+    def __init__(self):
+        super().__init__("x", ("f", 1, object(), "x"))
+
+
+ERRORS = [RuntimeError("no disk"), SystemExit(3), KeyboardInterrupt(), Unprintable(), Unshowable(), OSError("\udcff")]
+
+
 class TestStartingAnew:
     @pytest.mark.parametrize("at", ["reset", "step"])
-    @pytest.mark.parametrize("error", [RuntimeError("no disk"), SystemExit(3), KeyboardInterrupt(), Unprintable()])
+    @pytest.mark.parametrize("error", ERRORS)
     def test_one_of_eight_always_fails(self, at, error):
         made = []
 
@@ -133,6 +143,7 @@ class TestStartingAnew:
         lost = trajectories[2]
         assert lost.stop is StopReason.ENV_ERROR
         assert type(error).__name__ in lost.error
+        assert lost.error.encode()  # it is logged and written to files
         if isinstance(error, RuntimeError):
             assert re.fullmatch(rf"RuntimeError: no disk \(test_faults.py, line \d+, in {at}\)", lost.error)
             assert clock.faults.first == [f"seed 3, turn {int(at == 'step')}: {lost.error}"] * 3
@@ -250,6 +261,8 @@ class TestMalformedAnswers:
             (("ok", 1.0, False, False, {"legal_actions": "go"}), "legal_actions'. is 'go'.*no list of str"),
             (("ok", 1.0, False, False, {"legal_actions": ["\udfff"]}), "legal action is no text"),
             (("ok", 1.0, False, False, {"transition": 7}), "transition'. is 7 .int., no str"),
+            (("ok", 1.0, False, False, {"legal_actions": []}), "legal_actions'. is empty"),
+            (("ok", 1e200, False, False, {}), r"reward 1e\+200: finite ones up to 1e\+15"),
         ],
     )
     def test_of_a_step(self, answer, error):
@@ -264,16 +277,33 @@ class TestMalformedAnswers:
         assert clock.faults.kinds == {Fault.MALFORMED: ALL}
 
     @pytest.mark.parametrize(
-        "answer", ["ok", ("ok",), (1, {}), ("ok", {"instructions": 1}), ("ok", None), ("x" * 10**6, {})]
+        "answer",
+        [
+            *("ok", ("ok",), (1, {}), ("ok", {"instructions": 1}), ("ok", None), ("x" * 10**6, {})),
+            ("ok", {"legal_actions": []}),
+            ("ok", {"instructions": "word " * 2000}),  # of this episode, which has no room for them
+        ],
     )
     def test_of_a_reset(self, answer):
         class Malformed(Steps):
             def reset(self, *, seed=None, options=None):
                 return answer if seed == 7 else super().reset(seed=seed)
 
-        trajectories, clock = play_counting(Malformed, go, [Episode(7), Episode(2)])
+        trajectories, clock = play_counting(Malformed, go, [Episode(7), Episode(2)], max_length=500)
         assert [trajectory.stop for trajectory in trajectories] == [StopReason.ENV_ERROR, StopReason.TERMINATED]
         assert clock.faults.kinds == {Fault.MALFORMED: ALL}
+
+    def test_regret_that_is_no_number(self):
+        """Nobody asks environments for it, so nothing is lost where it is something else."""
+
+        class Regretting(Steps):
+            def step(self, action):
+                regret = {7: math.nan, 6: 10**400, 5: "much", 4: None}.get(self.left, 0.5)
+                return *super().step(action)[:4], {"legal_actions": ["go"], "regret": regret}
+
+        trajectories, clock = play_counting(Regretting, go, [Episode(7), Episode(2)])
+        metrics = combine_metrics(rollout_metrics(trajectories, clock))
+        assert metrics["agents/regret_mean"] == (1.5 + 1.0) / 2 and not clock.faults.kinds
 
     def test_observations_that_are_long_but_no_fault(self):
         """One that does not fit ends the episode there; as the first one it leaves nothing to learn from."""

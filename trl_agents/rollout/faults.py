@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +17,9 @@ from ..types import StopReason
 
 # Far beyond what any model reads at once, and little enough to be tokenised in passing.
 MAX_CHARACTERS = 500_000
+
+# Far beyond what any task pays, and little enough for sums of squares in single precision.
+MAX_REWARD = 1e15
 
 # How many faults are told word by word, and how long each may be.
 TOLD = 3
@@ -66,7 +68,11 @@ def describe(exception: BaseException) -> str:
     """An environment's exception in a line: what was raised, and where."""
     if isinstance(exception, RemoteFault):
         return str(exception)
-    text = "".join(traceback.format_exception_only(exception)).strip()
+    try:
+        text = "".join(traceback.format_exception_only(exception)).strip()
+    except Exception:  # an environment fills its exceptions itself
+        text = f"{type(exception).__name__}, which cannot be shown"
+    text = text.encode(errors="backslashreplace").decode()  # it is logged and written to files
     if len(text) > ERROR_CHARACTERS:
         text = f"{text[:ERROR_CHARACTERS]}..."
     *_, (frame, line) = traceback.walk_tb(exception.__traceback__)
@@ -79,7 +85,7 @@ def describe(exception: BaseException) -> str:
 def checked_reset(answer: Any) -> tuple:
     """What `reset` returned, as the arguments of an [`EnvReply`]; raises if it is not as agreed."""
     observation, info = _unpacked("reset", answer, "(observation, info)")
-    return _checked_text(observation), 0.0, False, False, _checked_info(info)
+    return _checked_text(observation), 0.0, False, False, _checked_info(info, ended=False)
 
 
 def checked_step(answer: Any) -> tuple:
@@ -89,7 +95,8 @@ def checked_step(answer: Any) -> tuple:
     for name, flag in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(f"`step` returned {name}={_brief(flag)}, not a bool")
-    return _checked_text(observation), _checked_reward(reward), bool(terminated), bool(truncated), _checked_info(info)
+    info = _checked_info(info, ended=bool(terminated or truncated))
+    return _checked_text(observation), _checked_reward(reward), bool(terminated), bool(truncated), info
 
 
 def _unpacked(call: str, answer: Any, names: str) -> tuple:
@@ -105,8 +112,8 @@ def _checked_reward(reward: Any) -> float:
         reward = float(reward)
     except Exception as error:
         raise TypeError(f"`step` returned the reward {_brief(reward)}, not a number") from error
-    if not math.isfinite(reward):
-        raise ValueError(f"`step` returned the reward {reward}")
+    if not abs(reward) <= MAX_REWARD:
+        raise ValueError(f"`step` returned the reward {reward}: finite ones up to {MAX_REWARD:g} can be learnt from")
     return reward
 
 
@@ -116,7 +123,7 @@ def _checked_text(observation: Any) -> str:
     return _readable("observation", observation)
 
 
-def _checked_info(info: Any) -> dict[str, Any]:
+def _checked_info(info: Any, ended: bool) -> dict[str, Any]:
     """A copy, so that what an environment changes later does not change the past. What we read must be as agreed."""
     if not isinstance(info, dict):
         raise TypeError(f"the info {_brief(info)} is no dict")
@@ -124,6 +131,8 @@ def _checked_info(info: Any) -> dict[str, Any]:
     if (actions := info.get("legal_actions")) is not None:
         if not isinstance(actions, (list, tuple)) or not all(isinstance(action, str) for action in actions):
             raise TypeError(f"info['legal_actions'] is {_brief(actions)}, no list of str")
+        if not actions and not ended:  # whatever a model says would be its mistake
+            raise ValueError("info['legal_actions'] is empty, and the episode goes on: leave out what is not known")
         info["legal_actions"] = list(actions)
         for action in actions:
             _encodable("legal action", action)

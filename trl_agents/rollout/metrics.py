@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 
 from ..types import InvalidReason, StopReason, Trajectory
-from .faults import Fault
+from .faults import MAX_REWARD, Fault
 from .progress import Clock
 
 
@@ -43,6 +43,7 @@ def coverage(trajectory: Trajectory) -> float | None:
 def regret(trajectory: Trajectory) -> float | None:
     """Cumulative pseudo-regret: the sum of `info["regret"]`, None where the environment does not know it."""
     values = [turn.info["regret"] for turn in trajectory.turns if isinstance(turn.info.get("regret"), Real)]
+    values = [value for value in values if abs(value) <= MAX_REWARD]  # nobody has checked them: nan, 10**400
     return sum(values) if values else None
 
 

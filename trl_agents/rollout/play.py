@@ -317,9 +317,7 @@ class Player:
     def _too_long(self, live: _Live) -> str:
         """Why an episode has no room for a reply. Where no episode has any, that is no fault of the environment's."""
         length, limit = len(live.reader.prompt_ids), self.rules.max_length
-        instructions = live.reset_info.get("instructions", self.briefing.instructions)
-        briefing = dataclasses.replace(self.briefing, instructions=instructions)
-        if (alone := len(self.context.begin(briefing, "", {}).prompt_ids)) >= limit:
+        if (alone := len(self.context.begin(self.briefing, "", {}).prompt_ids)) >= limit:
             raise ValueError(
                 f"The instructions alone take {alone} tokens, and an episode may have {limit}. Use a model with more "
                 "positions, or shorter instructions."
@@ -411,8 +409,9 @@ class Player:
 
     def _final_ids(self, live: _Live, stop: StopReason) -> tuple[int, ...]:
         """What the next turn would have read: a critic's bootstrap is the value of that state."""
-        too_long = self.rules.max_length is not None and len(live.reader.prompt_ids) > self.rules.max_length
-        if stop.is_fault or stop.is_terminal or stop is StopReason.CONTEXT_FULL or too_long:
+        if stop.is_fault or stop.is_terminal or stop is StopReason.CONTEXT_FULL:
+            return ()  # an episode whose `reset` failed has no reader
+        if self.rules.max_length is not None and len(live.reader.prompt_ids) > self.rules.max_length:
             return ()
         return tuple(live.reader.input_ids)
 

@@ -16,8 +16,8 @@ from typing import Any
 from .faults import Fault, RemoteFault, describe
 
 
-# How long a process may take to end once its environment is closed or its pipe is.
-END_SECONDS = 5.0
+# How long an environment may take to close, and then its process to end.
+CLOSE_SECONDS, END_SECONDS = 10.0, 5.0
 
 
 class EnvProcess:
@@ -49,7 +49,7 @@ class EnvProcess:
 
     def close(self) -> None:
         try:
-            self._ask("close", (), {})
+            self._ask("close", (), {}, patience=CLOSE_SECONDS)
         finally:
             self.pipe.close()
             self._end()
@@ -58,11 +58,14 @@ class EnvProcess:
         """End the process and all it has started, whatever they are doing. What waits for an answer fails."""
         if self.process.is_alive():
             _kill_group(self.process.pid)
-            self.process.kill()  # it becomes the leader of its group only once it has begun
+            with suppress(OSError):  # another thread has just seen it end
+                self.process.kill()  # it becomes the leader of its group only once it has begun
 
-    def _ask(self, *question: Any) -> Any:
+    def _ask(self, *question: Any, patience: float | None = None) -> Any:
         try:
             self.pipe.send(question)
+            if patience is not None and not self.pipe.poll(patience):
+                self.kill()
             fault, answer = self.pipe.recv()
         except (EOFError, OSError):
             self._end()

@@ -15,11 +15,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from .faults import Fault, RemoteFault, checked_reset, checked_step, describe
-from .processes import EnvProcess, check_picklable
+from .processes import CLOSE_SECONDS, EnvProcess, check_picklable
 
 
-# How long closing the environments may take, all together; and how long one is waited for that was given up.
-CLOSE_SECONDS = 10.0
+# How long one is waited for that was given up; closing all the others may take `CLOSE_SECONDS` together.
 GIVEN_UP_SECONDS = 1.0
 
 
