@@ -290,6 +290,20 @@ class TestReplies:
         if end:
             assert answers(backend, {0: prompt}, budget=end)[0] == Reply(free[:end], cut_off=True)
 
+    def test_a_reply_may_be_over_at_any_token(self):
+        model = model_of("qwen3")
+        prompts = {0: tokens(0, 9), 1: tokens(1, 5)}
+        backend, seen, replies = greedy(model, 2, eos=()), [], {}
+        backend.submit(0, prompts[0], 8, None, is_over=lambda ids: seen.append(list(ids)) or len(ids) == 3)
+        backend.submit(1, prompts[1], 8, None)
+        while backend.busy:
+            replies.update(backend.step())
+        whole = [reference(model, prompts[slot], 8, eos=()) for slot in (0, 1)]
+        assert seen == [list(whole[0][:n]) for n in (1, 2, 3)]
+        assert replies == {0: Reply(whole[0][:3], cut_off=False), 1: Reply(whole[1], cut_off=True)}
+        # The next reply in the slot is whole again
+        assert answers(backend, {0: prompts[0]}, budget=8)[0] == Reply(whole[0], cut_off=True)
+
     def test_a_budget_is_kept(self):
         backend = greedy(model_of("qwen3"), 2, eos=())
         for slot, budget in enumerate((1, 4)):
@@ -585,7 +599,7 @@ class TestBatchBackend:
 )
 def test_the_interface(make):
     backend = make()
-    assert list(inspect.signature(backend.submit).parameters) == ["slot", "prompt_ids", "max_new_tokens", "rng"]
+    assert list(inspect.signature(backend.submit).parameters)[:4] == ["slot", "prompt_ids", "max_new_tokens", "rng"]
     assert backend.busy is False
     assert backend.step() == []
     assert backend.drain() is None

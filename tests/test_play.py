@@ -451,6 +451,23 @@ class TestPlaces:
         trajectories = play(Slow, go, [Episode(100), Episode(4), Episode(5)], n_slots=3)
         assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 3
 
+    @pytest.mark.parametrize("seconds, expected", [(0.0, 0.02), (0.05, 0.0)])
+    def test_only_fast_environments_are_waited_for(self, seconds, expected):
+        class Pool(EnvPool):
+            def collect(self, patience, block):
+                self.patience = patience
+                return super().collect(patience, block)
+
+        class Slow(Steps):
+            def step(self, action):
+                time.sleep(seconds)
+                return super().step(action)
+
+        pool = Pool(Slow, 2)
+        play(Slow, go, [Episode(3), Episode(5)], pool=pool)
+        pool.close()
+        assert pool.patience == expected
+
     def test_a_group_is_read_together(self):
         """All that start at once are in the backend before its first step, so their prompt can be shared."""
 

@@ -66,6 +66,11 @@ class _Names:
                 self.by_key.setdefault(key, []).append(name)
         self.lengths = sorted({len(key) for key in self.by_key}, reverse=True)
 
+    def goes_on(self, action: str) -> bool:
+        """Whether the name of another action begins with that of `action`."""
+        own = _spell(action).casefold()
+        return any(key.startswith(own) and key != own for key in self.by_key)
+
     def read(self, captured: str, unfinished: bool) -> str | None:
         """Returns the legal action stated by `captured`, which is `unfinished` if the text was cut off there."""
         longest = self.lengths[0] if self.lengths else 0
@@ -292,6 +297,34 @@ class ActionParser:
         if not isinstance(text, str):
             raise TypeError(f"The text to parse is a string, got {type(text).__name__}: decode it first.")
         return self._parse(text, None if legal_actions is None else _names(legal_actions), cut_off)
+
+    def is_complete(self, text: str, legal_actions: Sequence[str] | None = None) -> bool:
+        """
+        Whether `text`, which is still being written, states an action that its next characters cannot change: a
+        legal one, and its name is over. (Another statement after it could: the last one counts.)
+
+        | Text so far | Legal | Complete |
+        |---|---|---|
+        | `ACTION=green`, and `ACTION=green-` | green | no: greenish, green-ish |
+        | `ACTION=green because`, `ACTION=green.` and a new line | green | yes |
+        | `ACTION=green ` | green, green apple | no |
+        | `<answer>12</answer>`, read by `<answer>(.*?)</answer>` | any | yes |
+
+        Args:
+            text (`str`):
+                What the model wrote so far.
+            legal_actions (`list[str]`, *optional*):
+                The actions to choose from. If `None`, any action is legal.
+        """
+        names = None if legal_actions is None else _names(legal_actions)
+        action = self._parse(text, names, True).action
+        if action is None:
+            return False
+        if self._find(text)[1] < len(text):
+            return True  # the pattern went past the end of the action
+        if names is None or names.goes_on(action):
+            return False
+        return all(self._parse(text + more, names, True).action == action for more in "a0")
 
     def format(self, action: str) -> str:
         """

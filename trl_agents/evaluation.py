@@ -166,6 +166,7 @@ def play_model(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     exploration: str | Sequence[str] | Exploration | None = None,
     max_new_tokens: int = 256,
+    action_stop: bool = False,
     temperature: float = 1.0,
     n_slots: int = 32,
     seed: int = 0,
@@ -193,6 +194,8 @@ def play_model(
             Mechanisms that make it explore, as for [`make_exploration`].
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Token budget of one reply. A reply without a legal action is replaced by a random one.
+        action_stop (`bool`, *optional*, defaults to `False`):
+            Whether a reply is over as soon as it states a legal action.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature, 0 for greedy decoding.
         n_slots (`int`, *optional*, defaults to `32`):
@@ -220,7 +223,7 @@ def play_model(
     else:
         backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rules = Rules(max_new_tokens=max_new_tokens, max_length=positions)
+    rules = Rules(max_new_tokens=max_new_tokens, max_length=positions, action_stop=action_stop)
     pool = EnvPool(factory, n_slots)
     training = model.training
     model.eval()

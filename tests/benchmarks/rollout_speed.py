@@ -2,15 +2,22 @@
 """
 How long do episodes take: TRL's own environment loop, ours, and the floor.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/rollout_speed.py --output_dir rollout_speed
+    python tests/benchmarks/rollout_speed.py --output_dir rollout_speed
+    python tests/benchmarks/rollout_speed.py --contexts chat window --lengths fixed varied --delays 0 10 100
+    python tests/benchmarks/rollout_speed.py --shape 0.6B --device cuda --dtype bfloat16
 
 - `trl`: `GRPOTrainer(environment_factory=...)`, whose loop calls the environment's method as a tool and sends the
-  whole history to `generate` at each turn.
-- `ours`: `Player` with `ChatContext` and `SlotBackend`, which keeps the key-value cache from turn to turn.
+  whole history to `generate` at each turn. It knows growing conversations of one length only.
+- `ours`: `Player` with `SlotBackend`, which keeps the key-value cache from turn to turn and refills a place as soon
+  as its episode is over.
+- `lockstep`: the same code, but all wait for the slowest, at each turn and at the end of a batch.
+- `stop`: ours with `action_stop=True`, where replies go on `--after` their action.
 - `floor`: one plain `generate` of as many tokens from the same first prompt, without any environment. Its rows end
   shorter, as nobody answers them.
+- `limit`: what cannot be beaten: the time to read, once per sampled token, the weights (shared by the rows side by
+  side) and the keys and values of what the token follows, at the bandwidth of a large copy on this device.
 
-All three run in one process on the same model with random weights, and write the same replies: what a random model
+All run in one process on the same model with random weights, and write the same replies: what a random model
 would say is overwritten, token by token, with a call of the tool. Logits are computed and sampled from as ever, and
 the overwriting is the same code everywhere. So `trl` and `ours` make the same rows, token for token
 (`tests/test_rollout_speed.py` compares them), and a difference in seconds is a difference of the loops. Times are
@@ -22,253 +29,131 @@ The last reply of an episode calls the environment in vain in `trl`: its loop en
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
 import trl
-from scripted_bandit import PARSER, Script, make_bandit, make_model, make_tokenizer, press, scripted_generate
+from rollout_systems import LABELS, SYSTEMS, Case, Measured, System, Workbench
+from scripted_bandit import SHAPES
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
-from transformers.utils import get_json_schema
-from trl import GRPOConfig, GRPOTrainer
-
-from trl_agents.contexts import Briefing, ChatContext, opening_message
-from trl_agents.rollout.generation import Sampling, SlotBackend
-from trl_agents.rollout.play import Episode, Player, Rules
-from trl_agents.rollout.workers import EnvPool
 
 
-# -- the systems ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table."""
-
-    turns: int
-    episodes: int
-    tokens: int  # of each reply, the one that ends it included
-
-
-@dataclass
-class Measured:
-    """One run of one system. `rows` are all token ids of each episode, where the system has them."""
-
-    seconds: float
-    sampled: int
-    rows: list[list[int]] = field(default_factory=list)
-
-
-class TRLLoop:
-    """TRL's `environment_factory`."""
-
-    class Environment:
-        def reset(self, turns: int, seed: int, **kwargs) -> None:
-            self.bandit = make_bandit(turns)
-            self.bandit.reset(seed=seed)
-
-        def press(self, button: str) -> str:
-            return self.bandit.step(button)[0]
-
-        def get_reward(self) -> float:
-            return 0.0
-
-    Environment.press.__doc__ = press.__doc__
-
-    class Trainer(GRPOTrainer):
-        """Times the rollout alone, and keeps what it made."""
-
-        def _generate(self, prompts):
-            started = time.perf_counter()
-            output = super()._generate(prompts)
-            self.rollout_seconds = time.perf_counter() - started
-            self.rollout_output = output
-            return output
-
-    def __init__(self, bench: Benchmark):
-        self.bench = bench
-        args = GRPOConfig(
-            output_dir=str(bench.output_dir),
-            per_device_train_batch_size=bench.episodes,
-            num_generations=bench.episodes,
-            max_completion_length=30000,
-            max_steps=1,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=bench.device == "cpu",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        self.trainer = self.Trainer(
-            bench.model, args=args, processing_class=bench.tokenizer, environment_factory=self.Environment
-        )
-
-    def run(self, case: Case) -> Measured:
-        trainer = self.trainer
-        trainer.max_tool_calling_iterations = case.turns - 1
-        prompt = [{"role": "user", "content": opening_message(Briefing.of(make_bandit(case.turns)), "")}]
-        inputs = [{"prompt": prompt, "turns": case.turns, "seed": seed} for seed in range(case.episodes)]
-        with scripted_generate(self.bench.model, self.bench.script):
-            trainer._generate_and_score_completions(inputs)
-        prompt_ids, completion_ids, tool_mask, *_ = trainer.rollout_output
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-        return Measured(trainer.rollout_seconds, sum(map(sum, tool_mask)), rows)
-
-
-class Ours:
-    """`Player`, `ChatContext` and `SlotBackend`."""
-
-    class Backend(SlotBackend):
-        def __init__(self, *args, script: Script):
-            super().__init__(*args)
-            self.script = script
-
-        def _sample(self, logits: torch.Tensor, active: list[int]):
-            slots = [self.slots[index] for index in active]
-            positions = torch.tensor([len(slot.ids) - slot.n_prompt for slot in slots], device=logits.device)
-            return super()._sample(self.script.overwrite(logits, positions), active)
-
-    def __init__(self, bench: Benchmark):
-        self.bench = bench
-        self.context = ChatContext(bench.tokenizer, chat_template_kwargs={"tools": [get_json_schema(press)]})
-        self.sampling = Sampling((bench.tokenizer.eos_token_id,))
-
-    def run(self, case: Case) -> Measured:
-        pool = EnvPool(functools.partial(make_bandit, case.turns), case.episodes)
-        briefing = Briefing.of(make_bandit(case.turns))
-        try:
-            started = time.perf_counter()
-            backend = self.Backend(self.bench.model, case.episodes, self.sampling, script=self.bench.script)
-            player = Player(pool, backend, self.context, PARSER, briefing, Rules(max_new_tokens=case.tokens))
-            trajectories, self.clock = player.play([Episode(seed) for seed in range(case.episodes)])
-            seconds = time.perf_counter() - started
-        finally:
-            pool.close()
-        rows = [[id_ for turn in t.turns for id_ in (*turn.input_ids, *turn.action_ids)] for t in trajectories]
-        return Measured(seconds, sum(len(turn.action_ids) for t in trajectories for turn in t.turns), rows)
-
-
-class Floor:
-    """One `generate` of as many tokens, with no end in between."""
-
-    def __init__(self, bench: Benchmark):
-        self.bench = bench
-        self.context = ChatContext(bench.tokenizer, chat_template_kwargs={"tools": [get_json_schema(press)]})
-
-    @torch.no_grad()
-    def run(self, case: Case) -> Measured:
-        prompt_ids = self.context.begin(Briefing.of(make_bandit(case.turns)), "", {}).prompt_ids
-        prompt = torch.tensor([prompt_ids] * case.episodes, device=self.bench.device)
-        config = GenerationConfig(
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=case.turns * case.tokens,
-            pad_token_id=self.bench.tokenizer.pad_token_id,
-        )
-        model = self.bench.model
-        own_config, model.generation_config = model.generation_config, config  # `None` of the call is filled from it
-        try:
-            with scripted_generate(model, self.bench.script):
-                started = time.perf_counter()
-                output = model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
-                ).tolist()
-                seconds = time.perf_counter() - started
-        finally:
-            model.generation_config = own_config
-        return Measured(seconds, sum(len(row) - len(prompt_ids) for row in output), output)
-
-
-SYSTEMS: dict[str, Callable[[Benchmark], Any]] = {"trl": TRLLoop, "ours": Ours, "floor": Floor}
-COLOURS = {"trl": "tab:orange", "ours": "tab:blue", "floor": "tab:gray"}
-LABELS = {"trl": "TRL's environment loop", "ours": "trl-agents", "floor": "one plain generate"}
+COLOURS = {"trl": "tab:orange", "lockstep": "tab:green", "ours": "tab:blue", "stop": "tab:purple", "floor": "tab:gray"}
+VARIED_ROUNDS = 4  # episodes for each place, where their lengths vary: with one nothing would be refilled
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-class Benchmark:
-    """The model, the tokenizer and the script that all systems share."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.output_dir, self.device, self.episodes = Path(args.output_dir), args.device, args.episodes
-        self.tokenizer = make_tokenizer()
-        self.model = make_model(self.tokenizer, args.hidden_size, args.layers).to(self.device)
-        self.script = Script(self.tokenizer, args.tokens, self.device)
-        self.systems = {name: make(self) for name, make in SYSTEMS.items()}
-
-    def measure(self, cases: list[Case], repeats: int) -> dict[Case, dict[str, list[Measured]]]:
-        """Run every system on every case `repeats` times, one after the other within each repeat."""
-        names = list(self.systems)
-        measured = {case: {name: [] for name in names} for case in cases}
-        for name in tqdm(names, desc="Warm-up", leave=False):
-            self.systems[name].run(min(cases, key=lambda case: case.turns))
-        with tqdm(total=repeats * len(cases) * len(names), unit="run") as bar:
-            for repeat in range(repeats):
-                for case in cases:
-                    for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-                        bar.set_description(f"{case.turns} turns, {name}")
-                        measured[case][name].append(self.systems[name].run(case))
-                        bar.update()
-        return measured
+def bandwidth(device: str) -> float:
+    """Bytes per second of a large copy, read and written."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    best = float("inf")
+    for _ in range(5):
+        synchronize()
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * source.numel() / best
 
 
-def summarize(measured: dict[Case, dict[str, list[Measured]]]) -> list[dict[str, Any]]:
+def limit_seconds(bench: Workbench, case: Case, run: Measured, bytes_per_second: float) -> float:
+    """The least time in which `run` could have read what its sampled tokens depend on."""
+    config = bench.model.config
+    size = bench.model.dtype.itemsize
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    passes = run.sampled / case.episodes
+    weights = sum(parameter.numel() for parameter in bench.model.parameters()) * size
+    return (passes * weights + run.attended * per_token) / bytes_per_second
+
+
+def measure(bench: Workbench, systems: dict[str, System], cases: list[Case], repeats: int):
+    """Run every system on every case `repeats` times, one after the other within each repeat."""
+    names = list(systems)
+    measured: dict[Case, dict[str, list[Measured]]] = {case: {} for case in cases}
+    warm_up = Case(2, bench.episodes, cases[0].tokens)
+    for name in tqdm(names, desc="Warm-up", leave=False):
+        if systems[name].can_play(warm_up):
+            systems[name].run(warm_up)
+    runs = [(repeat, case) for repeat in range(repeats) for case in cases]
+    with tqdm(total=sum(systems[name].can_play(case) for _, case in runs for name in names), unit="run") as bar:
+        for repeat, case in runs:
+            first = repeat % len(names)
+            for name in filter(lambda name: systems[name].can_play(case), names[first:] + names[:first]):
+                bar.set_description(f"{case.turns} turns, {name}")
+                measured[case].setdefault(name, []).append(systems[name].run(case))
+                bar.update()
+    return measured
+
+
+def summarize(bench: Workbench, measured: dict[Case, dict[str, list[Measured]]]) -> list[dict[str, Any]]:
     """A dict a line of the table: medians, their ratios, and seconds per step of an episode."""
+    medians = {
+        case: {name: statistics.median(run.seconds for run in runs) for name, runs in by_system.items()}
+        for case, by_system in measured.items()
+    }
+    bytes_per_second = bandwidth(bench.device)
     lines = []
     for case, by_system in measured.items():
-        seconds = {name: statistics.median(run.seconds for run in runs) for name, runs in by_system.items()}
-        lines.append(
-            {
-                **asdict(case),
-                "seconds": seconds,
-                "all_seconds": {name: [run.seconds for run in runs] for name, runs in by_system.items()},
-                "seconds_per_step": {name: value / case.turns for name, value in seconds.items()},
-                "sampled": {name: runs[-1].sampled for name, runs in by_system.items()},
-                "trl_over_ours": seconds["trl"] / seconds["ours"],
-                "ours_over_floor": seconds["ours"] / seconds["floor"],
-            }
-        )
+        seconds, steps = medians[case], sum(case.lengths) / case.episodes
+        line = {
+            **asdict(case),
+            "seconds": seconds,
+            "all_seconds": {name: [run.seconds for run in runs] for name, runs in by_system.items()},
+            "seconds_per_step": {name: value / steps for name, value in seconds.items()},
+            "sampled": {name: runs[-1].sampled for name, runs in by_system.items()},
+        }
+        if "ours" in seconds:
+            line["ratios"] = {f"{name}/ours": seconds[name] / seconds["ours"] for name in seconds if name != "ours"}
+            if "floor" in seconds:
+                line["ratios"]["ours/floor"] = 1 / line["ratios"].pop("floor/ours")
+            line["limit"] = limit_seconds(bench, case, by_system["ours"][-1], bytes_per_second)
+            line["ratios"]["ours/limit"] = seconds["ours"] / line["limit"]
+        if case.delay and (prompt := medians.get(replace(case, delay=0.0))):
+            line["seconds_of_delay"] = {name: value - prompt[name] for name, value in seconds.items()}
+        lines.append(line)
     return lines
 
 
 def growth(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds per step of the longest episodes over those of the shortest: 1 if length costs nothing."""
-    first, last = min(lines, key=lambda line: line["turns"]), max(lines, key=lambda line: line["turns"])
+    plain = [line for line in lines if like(line) == like(lines[0])]
+    first, last = min(plain, key=lambda line: line["turns"]), max(plain, key=lambda line: line["turns"])
     return {name: last["seconds_per_step"][name] / value for name, value in first["seconds_per_step"].items()}
 
 
+def like(line: dict[str, Any]) -> tuple[str, bool, float]:
+    """Lines that share it differ in the number of turns only."""
+    return line["context"], line["varied"], line["delay"]
+
+
+# -- showing ----------------------------------------------------------------------------------------------------------
+
+
 def print_table(lines: list[dict[str, Any]], grown: dict[str, float]) -> None:
-    names = list(LABELS)
-    head = [
-        "turns",
-        *(f"{name} s" for name in names),
-        "trl/ours",
-        "ours/floor",
-        *(f"{name} ms/step" for name in names),
-    ]
+    names = [name for name in LABELS if any(name in line["seconds"] for line in lines)]
+    ratios = list(dict.fromkeys(name for line in lines for name in line.get("ratios", ())))
+    head = ["context", "turns", "delay", *(f"{name} s" for name in names), *ratios]
     rows = [
         [
-            str(line["turns"]),
-            *(f"{line['seconds'][name]:.2f}" for name in names),
-            f"{line['trl_over_ours']:.2f}",
-            f"{line['ours_over_floor']:.2f}",
-            *(f"{1000 * line['seconds_per_step'][name]:.0f}" for name in names),
+            line["context"],
+            f"1-{line['turns']}" if line["varied"] else str(line["turns"]),
+            f"{1000 * line['delay']:.0f} ms",
+            *(f"{line['seconds'][name]:.2f}" if name in line["seconds"] else "-" for name in names),
+            *(f"{line['ratios'][name]:.2f}" if name in line.get("ratios", ()) else "-" for name in ratios),
         ]
         for line in lines
     ]
@@ -278,64 +163,115 @@ def print_table(lines: list[dict[str, Any]], grown: dict[str, float]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
     turns = sorted(line["turns"] for line in lines)
     values = ", ".join(f"{name} {value:.2f}" for name, value in grown.items())
-    print(f"\nseconds per step at {turns[-1]} turns over those at {turns[0]}: {values}")
+    print(f"\nseconds per step at {turns[-1]} turns over those at {turns[0]} ({lines[0]['context']}): {values}")
+    for line in lines:
+        if "seconds_of_delay" in line:
+            seconds = ", ".join(f"{name} {value:.2f} s" for name, value in line["seconds_of_delay"].items())
+            what = f"{line['context']}, {'1-' if line['varied'] else ''}{line['turns']} turns"
+            print(f"{what}: {1000 * line['delay']:.0f} ms a step cost {seconds}")
 
 
 def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A column of panels for each environment delay, a row for each context and kind of length."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    turns = [line["turns"] for line in lines]
-    for name, label in LABELS.items():
-        style = {"color": COLOURS[name], "label": label, "marker": "o", "linestyle": "--" if name == "floor" else "-"}
-        left.plot(turns, [line["seconds"][name] for line in lines], **style)
-        right.plot(turns, [1000 * line["seconds_per_step"][name] for line in lines], **style)
-        for line in lines:
-            repeats = line["all_seconds"][name]
-            left.plot([line["turns"]] * len(repeats), repeats, ".", markersize=3, color=COLOURS[name])
-    left.set(xscale="log", yscale="log", xlabel="turns per episode", ylabel="seconds per rollout")
-    right.set(xscale="log", ylim=(0, None), xlabel="turns per episode", ylabel="milliseconds per environment step")
-    for axis in (left, right):
+    kinds = sorted({(line["context"], line["varied"]) for line in lines})
+    delays = sorted({line["delay"] for line in lines})
+    figure, axes = plt.subplots(
+        len(kinds),
+        len(delays),
+        figsize=(max(4 * len(delays), 6), 3.2 * len(kinds) + 0.8),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    handles = {}
+    for (row, (context, varied)), (column, delay) in itertools.product(enumerate(kinds), enumerate(delays)):
+        axis = axes[row][column]
+        chosen = [line for line in lines if like(line) == (context, varied, delay)]
+        for name, label in LABELS.items():
+            points = [(line["turns"], line["seconds_per_step"][name]) for line in chosen if name in line["seconds"]]
+            if points:
+                style = {"linestyle": "--" if name == "floor" else "-", "marker": "o", "color": COLOURS[name]}
+                (handles[label],) = axis.plot(*zip(*points, strict=True), **style)
+        length = "1 to n turns" if varied else "n turns"
+        axis.set_title(f"{context}, {length}, {1000 * delay:.0f} ms", fontsize=10)
+        turns = sorted({line["turns"] for line in lines})
+        axis.set(xscale="log", yscale="log")
         axis.set_xticks(turns, [str(value) for value in turns])
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.legend()
+        if row == len(kinds) - 1:
+            axis.set_xlabel("turns of an episode, at most" if varied else "turns of an episode")
+        if column == 0:
+            axis.set_ylabel("seconds per step")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0].strip(), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--turns", type=int, nargs="+", default=[5, 10, 20, 40], help="lengths of episodes to time")
+    parser.add_argument("--turns", type=int, nargs="+", default=[5, 10, 25, 50], help="lengths of episodes to time")
+    parser.add_argument("--contexts", nargs="+", choices=["chat", "window"], default=["chat"], help="what is read")
+    parser.add_argument(
+        "--lengths", nargs="+", choices=["fixed", "varied"], default=["fixed"], help="varied: of 1 to so many turns"
+    )
+    parser.add_argument("--delays", type=float, nargs="+", default=[0], help="milliseconds a step of the environment")
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="what to time")
     parser.add_argument("--episodes", type=int, default=8, help="episodes side by side")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of each reply")
+    parser.add_argument("--after", type=int, default=0, help="how many of them come after the action: times `stop`")
+    parser.add_argument("--shape", choices=list(SHAPES), help="of Qwen3, instead of the next two")
     parser.add_argument("--hidden_size", type=int, default=320, help="of the model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="of the model")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the median counts")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--output_dir", default="rollout_speed", help="for rollout_speed.json and rollout_speed.png")
     return parser
+
+
+def make_cases(args: argparse.Namespace) -> list[Case]:
+    kinds = itertools.product(args.contexts, args.lengths, args.delays, sorted(set(args.turns)))
+    return [
+        Case(
+            turns=turns,
+            episodes=args.episodes,
+            tokens=args.tokens,
+            context=context,
+            varied=length == "varied",
+            rounds=VARIED_ROUNDS if length == "varied" else 1,
+            delay=delay / 1000,
+        )
+        for context, length, delay, turns in kinds
+    ]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the command and return what it writes, with the rows of the last run of each system."""
     parser = make_parser()
     args = parser.parse_args(arguments)
-    if min(*args.turns, args.episodes, args.repeats) < 1:
-        parser.error("--turns, --episodes and --repeats are at least 1")
-    bench = Benchmark(args)
-    cases = [Case(turns, args.episodes, args.tokens) for turns in sorted(set(args.turns))]
-    measured = bench.measure(cases, args.repeats)
-    lines = summarize(measured)
+    if min(*args.turns, args.episodes, args.repeats) < 1 or min(args.delays) < 0:
+        parser.error("--turns, --episodes and --repeats are at least 1, --delays at least 0")
+    shape = args.shape or (args.hidden_size, args.layers)
+    bench = Workbench(args.output_dir, args.episodes, args.tokens, shape, args.device, args.dtype, args.after)
+    systems = {name: SYSTEMS[name](bench) for name in args.systems}
+    measured = measure(bench, systems, make_cases(args), args.repeats)
+    lines = summarize(bench, measured)
     result = {
         "command": " ".join(["python tests/benchmarks/rollout_speed.py", *(arguments or sys.argv[1:])]),
         "settings": {
@@ -348,11 +284,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "lines": lines,
         "growth": growth(lines),
     }
-    bench.output_dir.mkdir(parents=True, exist_ok=True)
-    (bench.output_dir / "rollout_speed.json").write_text(json.dumps(result, indent=2) + "\n")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rollout_speed.json").write_text(json.dumps(result, indent=2) + "\n")
     millions = bench.model.num_parameters() / 1e6
     title = f"{args.episodes} episodes, {args.tokens} tokens a turn, {millions:.1f}M parameters, {args.device}"
-    plot(lines, title, bench.output_dir / "rollout_speed.png")
+    plot(lines, title, folder / "rollout_speed.png")
     print_table(lines, result["growth"])
     return {**result, "measured": measured}
 

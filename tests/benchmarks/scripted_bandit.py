@@ -104,17 +104,42 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with random weights."""
+# Of Qwen3, with random weights
+SHAPES = {
+    name: {
+        "vocab_size": 151936,
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    for name, hidden_size in (("0.6B", 1024), ("1.7B", 2048))
+}
+
+
+def small_shape(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> dict[str, int]:
     heads = hidden_size // 32
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": min(heads // 2, 2),
+        "head_dim": 32,
+    }
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen3ForCausalLM:
+    """A small Qwen3 with random weights."""
+    return model_of_shape(tokenizer, small_shape(tokenizer, hidden_size, layers))
+
+
+def model_of_shape(tokenizer: PreTrainedTokenizerFast, shape: dict[str, int]) -> Qwen3ForCausalLM:
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=min(heads // 2, 2),
-        head_dim=32,
+        **shape,
         max_position_embeddings=32768,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -126,13 +151,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int
 
 
 class Script:
-    """The reply that is always given: some filler words, the call, the end-of-turn token."""
+    """The reply that is always given: some filler words, the call, `after` more of them, the end-of-turn token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, tokens: int, device: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, tokens: int, device: str, after: int = 0):
         call, filler = tokenizer.encode(CALL), tokenizer.encode(FILLER)
-        ids = filler * (tokens - len(call) - 1) + call + [tokenizer.eos_token_id]
+        ids = filler * (tokens - len(call) - 1 - after) + call + filler * after + [tokenizer.eos_token_id]
         if len(ids) != tokens:
-            raise ValueError(f"--tokens {tokens} is too short a reply: the call alone takes {len(call) + 1} tokens.")
+            raise ValueError(f"--tokens {tokens} is too short a reply: it takes {len(call) + 1 + after} at least.")
         self.ids = torch.tensor(ids, device=device)
 
     def overwrite(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

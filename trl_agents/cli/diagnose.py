@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="where values are written (default: 2048)",
     )
-    add_model_arguments(parser, context="window", temperature=0.0)
+    add_model_arguments(parser, context="window", temperature=0.0, whole_replies=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -109,8 +109,13 @@ def load_model(source: str, device: str | None = None, dtype: str = "auto") -> t
         ) from error
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, context: str = "chat", temperature: float = 1.0) -> None:
-    """How models read and write, with these defaults; scripted players have no use for it."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, context: str = "chat", temperature: float = 1.0, whole_replies: bool = False
+) -> None:
+    """
+    How models read and write, with these defaults; scripted players have no use for it. `whole_replies`: without the
+    option to end a reply with its action.
+    """
     group = parser.add_argument_group("how models read and write (as they were trained)")
     group.add_argument(
         "--context",
@@ -120,6 +125,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, context: str = "chat", 
     )
     group.add_argument("--window", type=int, metavar="C", help="steps kept with --context window (default: all)")
     group.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="of a reply (default: 256)")
+    if not whole_replies:
+        group.add_argument("--action_stop", action="store_true", help="a reply is over when it has stated an action")
     group.add_argument(
         "--temperature", type=float, default=temperature, metavar="X", help=f"0 is greedy (default: {temperature:g})"
     )
@@ -185,6 +192,7 @@ def play_named(
         chat_template_kwargs=args.chat_template_kwargs,
         exploration=args.exploration,
         max_new_tokens=args.max_new_tokens,
+        action_stop=args.action_stop,
         temperature=args.temperature,
         n_slots=args.n_slots,
         seed=args.seed,

@@ -74,7 +74,12 @@ class Backend(Protocol):
     """What the rollout loop needs of a generator."""
 
     def submit(self, slot: int, prompt_ids: list[int], max_new_tokens: int, rng: np.random.Generator) -> None:
-        """Ask for one reply in `slot`. The slot must be idle. `rng` is the episode's own stream of luck."""
+        """
+        Ask for one reply in `slot`. The slot must be idle. `rng` is the episode's own stream of luck.
+
+        A backend that can end a reply at any token takes `is_over` besides: given the ids of the reply so far, whether
+        that is all of it.
+        """
 
     def step(self) -> list[tuple[int, Reply]]:
         """Advance all busy slots, at least by a token; return the replies that are complete."""
@@ -93,6 +98,7 @@ class _Slot:
     n_cached: int = 0  # how many of them the cache holds
     n_prompt: int = 0
     limit: int = 0  # length of `ids` at which the reply is cut off
+    is_over: Callable[[list[int]], bool] | None = None
     rng: np.random.Generator | None = None
     active: bool = False
 
@@ -145,7 +151,14 @@ class SlotBackend:
     def drain(self) -> None:
         """Nothing to take part in: the weights were gathered before the rollout."""
 
-    def submit(self, slot: int, prompt_ids: list[int], max_new_tokens: int, rng: np.random.Generator) -> None:
+    def submit(
+        self,
+        slot: int,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        rng: np.random.Generator,
+        is_over: Callable[[list[int]], bool] | None = None,
+    ) -> None:
         state = self.slots[slot]
         if state.active:
             raise ValueError(f"slot {slot} is still busy")
@@ -158,6 +171,7 @@ class SlotBackend:
         state.n_cached = min(len(cached), len(prompt_ids) - 1)
         state.ids, state.n_prompt = list(prompt_ids), len(prompt_ids)
         state.limit, state.rng, state.active = len(prompt_ids) + max_new_tokens, rng, True
+        state.is_over = is_over
 
     def step(self) -> list[tuple[int, Reply]]:
         active = [index for index, slot in enumerate(self.slots) if slot.active]
@@ -180,6 +194,8 @@ class SlotBackend:
             slot = self.slots[index]
             slot.n_cached = len(slot.ids)
             slot.ids.append(token)
+            if not ended and slot.is_over is not None:
+                ended = slot.is_over(slot.ids[slot.n_prompt :])
             if ended or len(slot.ids) >= slot.limit:
                 slot.active = False
                 finished.append((index, Reply(tuple(slot.ids[slot.n_prompt :]), cut_off=not ended)))

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import random
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -26,6 +29,9 @@ from .workers import EnvPool, EnvReply
 
 
 INVALID_ACTION_CHOICES = ("random", "retry", "end")
+
+# With `action_stop`, an action is looked for in so many tokens at the end of what was written so far
+STATEMENT_TOKENS = 64
 
 # Each episode is begun at most twice, and at most two others from the same seed take its place.
 STARTS, REPLACEMENTS = 2, 2
@@ -70,6 +76,10 @@ class Rules:
             Added to the reward of the turn.
         max_retries (`int`, *optional*, defaults to `2`):
             How often one step is asked again before `"retry"` ends the episode.
+        action_stop (`bool`, *optional*, defaults to `False`):
+            Whether a reply is over as soon as it states a legal action (see [`ActionParser.is_complete`]) in its last
+            64 tokens. The first such statement is then the one that counts, and no token that ends a reply is sampled
+            or learnt.
     """
 
     max_new_tokens: int = 256
@@ -78,6 +88,7 @@ class Rules:
     invalid_action: str = "random"
     invalid_action_penalty: float = -5.0
     max_retries: int = 2
+    action_stop: bool = False
 
     def __post_init__(self):
         if self.invalid_action not in INVALID_ACTION_CHOICES:
@@ -146,8 +157,8 @@ class Player:
         exploration ([`Exploration`], *optional*):
             Mechanisms that make the player explore. The pool's environments must have its `env_kwargs`.
         patience (`float`, *optional*, defaults to `0.02`):
-            How long after its question an environment is waited for while other episodes could decode. Fast ones
-            answer within it, so that episodes decode together; a slow one holds the others up no longer than this.
+            How many seconds after its question an environment is waited for while other episodes could decode. Fast
+            ones answer within it, so that episodes decode together; one that mostly takes longer is not waited for.
     """
 
     def __init__(
@@ -167,6 +178,12 @@ class Player:
         self.exploration.check_context("chat" if context.appends else "window")
         budgets = [budget for budget in (rules.max_new_tokens, self.exploration.max_new_tokens) if budget]
         self.max_new_tokens = min(budgets)
+        if rules.action_stop and "is_over" not in inspect.signature(backend.submit).parameters:
+            raise ValueError(
+                f"action_stop=True ends replies token by token, which {type(backend).__name__} cannot. Leave it out, "
+                "or generate with a transformers model whose layers are all attention, and without vLLM."
+            )
+        self.step_seconds: deque[float] = deque(maxlen=32)
 
     def play(
         self,
@@ -214,7 +231,7 @@ class Player:
                     begin(free.pop(), *queue.popleft())
                 idle = not self.backend.busy
                 waited = time.perf_counter()
-                env_replies = self.pool.collect(self.patience, block=idle)
+                env_replies = self.pool.collect(self._patience(), block=idle)
                 clock.env_wait += (time.perf_counter() - waited) * idle
                 for env_reply in env_replies:
                     clock.env += env_reply.seconds
@@ -230,8 +247,15 @@ class Player:
         clock.wall = time.perf_counter() - started
         return finished, clock
 
+    def _patience(self) -> float:
+        """Waiting for a slow environment each time anew would cost more than to decode without its episode."""
+        is_slow = bool(self.step_seconds) and statistics.median(self.step_seconds) > self.patience
+        return 0.0 if is_slow else self.patience
+
     def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: Bar) -> None:
         live.env_seconds += reply.seconds
+        if live.pending is not None:
+            self.step_seconds.append(reply.seconds)
         if reply.fault is not None:
             return finish(reply.slot, reply.fault, reply.error)
         live.observation, live.info = reply.observation, reply.info
@@ -312,7 +336,15 @@ class Player:
             if live.turns:
                 return finish(slot, StopReason.CONTEXT_FULL)
             return finish(slot, Fault.MALFORMED, self._too_long(live))
-        self.backend.submit(slot, live.reader.prompt_ids, budget, live.rng)
+        options = {"is_over": functools.partial(self._is_over, live)} if self.rules.action_stop else {}
+        self.backend.submit(slot, live.reader.prompt_ids, budget, live.rng, **options)
+
+    def _is_over(self, live: _Live, ids: list[int]) -> bool:
+        """Whether a reply has stated its action. The end is looked at first, which is quick, and then all of it."""
+        legal_actions = live.info.get("legal_actions")
+        if not self.parser.is_complete(self.context.decode(ids[-STATEMENT_TOKENS:]), legal_actions):
+            return False
+        return len(ids) <= STATEMENT_TOKENS or self.parser.is_complete(self.context.decode(ids), legal_actions)
 
     def _too_long(self, live: _Live) -> str:
         """Why an episode has no room for a reply. Where no episode has any, that is no fault of the environment's."""

@@ -67,6 +67,9 @@ class AgentGRPOConfig(GRPOConfig):
             Added to the reward of a turn without a legal action, after normalisation.
         max_retries (`int`, *optional*, defaults to `2`):
             With `invalid_action="retry"`, how often a step is asked again before the episode ends.
+        action_stop (`bool`, *optional*, defaults to `False`):
+            Whether a reply is over as soon as it states a legal action, in training and in evaluation. For models that
+            talk on after it; the token that ends a reply is then never learnt. Not with vLLM.
 
         > Parameters that control exploration
 
@@ -170,6 +173,10 @@ class AgentGRPOConfig(GRPOConfig):
     max_retries: int = field(
         default=2,
         metadata={"help": "With invalid_action='retry', how often a step is asked again before the episode ends."},
+    )
+    action_stop: bool = field(
+        default=False,
+        metadata={"help": "Whether a reply is over as soon as it states a legal action. Not with vLLM."},
     )
     exploration: list[str] | None = field(
         default=None,

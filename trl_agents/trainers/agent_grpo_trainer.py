@@ -322,6 +322,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             invalid_action=self.args.invalid_action,
             invalid_action_penalty=self.args.invalid_action_penalty,
             max_retries=self.args.max_retries,
+            action_stop=self.args.action_stop,
         )
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):

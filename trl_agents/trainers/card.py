@@ -140,6 +140,8 @@ def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results:
         call += f", temperature={args.eval_temperature}"
     if args.context == "window":
         call += f', context="window", window={args.window}'
+    if args.action_stop:
+        call += ", action_stop=True"
     if args.exploration:
         call += f", exploration={args.to_dict()['exploration']!r}"
     if args.chat_template_kwargs:

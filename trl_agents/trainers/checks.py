@@ -114,6 +114,11 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
             "ds3_gather_for_generation=False gathers the weights in every forward pass, of which processes make as "
             "many as their own episodes need: they would wait for each other for ever. Use True, or use_vllm."
         )
+    if args.action_stop and args.use_vllm:
+        raise ValueError(
+            "action_stop=True ends replies token by token, and vLLM knows only whole ones. Leave one of them out, or "
+            "let the model end its replies itself (a few steps of SFT teach it)."
+        )
     if args.repetition_penalty != 1.0:
         raise ValueError(
             f"repetition_penalty={args.repetition_penalty} would punish naming an action twice in an episode. Use "
