@@ -81,6 +81,8 @@ def test_any_environment_by_numbers():
 
 
 def test_describe_and_names():
+    with pytest.raises(TypeError, match="`describe` returned 5 .int., not a str"):
+        GymnasiumEnvironment(Toy(), describe=lambda seen, env: 5).reset()
     env = GymnasiumEnvironment(Toy(), describe=lambda seen, env: f"\x1b[1m{seen[1]:.0f}\x1b[0m", actions=list("abc"))
     assert env.reset()[0] == "1" and env.reset()[1]["legal_actions"] == ["b", "c"]
     pendulum = make_env("gymnasium:Pendulum-v1", actions={"push": [2.0], "pull": [-2.0]}, max_episode_steps=2)
@@ -111,6 +113,9 @@ def test_text_spaces():
         ("FrozenLake-v9", {}, "Registered: FrozenLake-v1"),
         ("Pendulum-v1", {}, r"action space Box\(.*Name the actions .*actions=\{'left'"),
         ("FrozenLake-v1", {"actions": ["a", "b"]}, "names 2 actions, but FrozenLake has 4"),
+        ("FrozenLake-v1", {"actions": list("abcA")}, "gives two actions one name"),
+        ("FrozenLake-v1", {"actions": [0, 1, 2, 3]}, r"actions=\[0, 1, 2, 3\]: give a list of names"),
+        ("FrozenLake-v1", {"actions": 4}, "actions=4: give a list of names"),
         ("FrozenLake-v1", {"size": 3}, "does not take env_kwargs="),
     ],
 )

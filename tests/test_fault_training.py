@@ -151,6 +151,47 @@ def test_an_environment_that_fails_once_when_the_trainer_is_made(tmp_path):
     assert trainer.briefing.instructions == Nonce.instructions
 
 
+class Unclosable(Nonce):
+    def close(self):
+        raise OSError("still busy")
+
+
+class Asleep(Nonce):
+    """Fails at every `reset`, but for the one when the trainer is made."""
+
+    resets = itertools.count()
+
+    def reset(self, *, seed=None, options=None):
+        if next(Asleep.resets) > 0:
+            raise ConnectionError("gone")
+        return super().reset(seed=seed)
+
+
+@pytest.mark.filterwarnings("ignore:.*were lost to a fault")
+@pytest.mark.parametrize("env", [Unclosable, Asleep])
+def test_trains_to_the_end(tmp_path, env):
+    args = make_config(tmp_path / "out", max_fault_share=1.0, advantage_estimator="group", max_completion_length=32)
+    trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=env, args=args)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert [counts[:2] for counts in trainer.counts] == [(0 if env is Asleep else 4, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    ("reset", "message"),
+    [
+        (lambda self, *, seed=None, options=None: "go", r"`reset` returned 'go' \(str\), not \(observation, info\)"),
+        (lambda self, *, seed=None, options=None: (None, {}), "observation None .* is no str"),
+        (lambda self, seed: ("go", {}), "unexpected keyword argument 'options'"),
+    ],
+)
+def test_an_environment_that_cannot_be_played_is_told_when_the_trainer_is_made(tmp_path, reset, message):
+    env = type("Odd", (Nonce,), {"reset": reset})
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        EchoTrainer(save_tiny_model(tmp_path / "model"), env=env, args=make_config(tmp_path / "out"))
+    assert caught.value.__notes__ == ["trl_agents.check_env explains what is wrong with an environment."]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,13 @@ import gymnasium
 import numpy as np
 
 from .make import make_env, show_through
+
+
+# Far beyond what any model reads at once, and little enough to be tokenised in passing.
+MAX_CHARACTERS = 500_000
+
+# Far beyond what any task pays, and little enough for sums of squares in single precision.
+MAX_REWARD = 1e15
 
 
 class _Step(NamedTuple):
@@ -125,6 +131,7 @@ def _check_instructions(env: Any) -> None:
         isinstance(instructions, str) and instructions.strip(),
         f"`instructions` is {instructions!r}. Set it to the text that tells the player the task and how to answer.",
     )
+    _check_length("`instructions` is a text", instructions)
     for name in ("question", "history_header"):
         text = getattr(env, name, "")
         _require(isinstance(text, str), f"`{name}` is {text!r}. Make it a str, or leave it out.")
@@ -164,8 +171,8 @@ def _play(env: Any, seed: int, max_steps: int, actions: list[str] | None = None)
         )
         observation, reward, terminated, truncated, info = result
         _require(
-            isinstance(reward, Real) and not isinstance(reward, bool) and math.isfinite(reward),
-            f"{call} returned the reward {_brief(reward)}. Return a finite float.",
+            isinstance(reward, Real) and not isinstance(reward, bool) and abs(reward) <= MAX_REWARD,
+            f"{call} returned the reward {_brief(reward)}. Return a finite float, up to {MAX_REWARD:g}.",
         )
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
             _require(isinstance(flag, (bool, np.bool_)), f"{call} returned {name}={_brief(flag)}. Return a bool.")
@@ -182,13 +189,15 @@ def _check_text(call: str, observation: Any, info: Any, ended: bool) -> list[str
         isinstance(observation, str),
         f"{call} returned the observation {_brief(observation)}. Return a str; what is not text goes into `info`.",
     )
+    _check_length(f"{call} returned an observation", observation)
     _require(isinstance(info, dict), f"{call} returned {_brief(info)} as `info`. Return a dict.")
-    for name in ("state", "transition"):
+    for name in ("state", "transition", "instructions"):
         _require(
             isinstance(info.get(name, ""), str),
             f"{call} gave `info[{name!r}]` as {_brief(info.get(name))}. It goes into what a model reads: give a str, "
             "or leave the key out.",
         )
+        _check_length(f"{call} gave `info[{name!r}]`", info.get(name, ""))
     if "legal_actions" not in info:
         return None
     legal_actions = info["legal_actions"]
@@ -214,6 +223,20 @@ def _check_text(call: str, observation: Any, info: Any, ended: bool) -> list[str
         "what a model writes is compared without regard to case.",
     )
     return list(legal_actions)
+
+
+def _check_length(what: str, text: str) -> None:
+    _require(
+        len(text) <= MAX_CHARACTERS,
+        f"{what} of {len(text):,} characters, where {MAX_CHARACTERS:,} are the most. Show what matters of it.",
+    )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} that cannot be encoded ({error.reason}), as tokenizers must. Decode bytes with "
+            "`errors='replace'`."
+        ) from None
 
 
 def _check_doubtful(episode: list[_Step], max_steps: int) -> None:

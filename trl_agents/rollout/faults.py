@@ -12,14 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..envs.check import MAX_CHARACTERS, MAX_REWARD
 from ..types import StopReason
 
-
-# Far beyond what any model reads at once, and little enough to be tokenised in passing.
-MAX_CHARACTERS = 500_000
-
-# Far beyond what any task pays, and little enough for sums of squares in single precision.
-MAX_REWARD = 1e15
 
 # How many faults are told word by word, and how long each may be.
 TOLD = 3

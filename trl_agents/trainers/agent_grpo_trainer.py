@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,8 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             try:
                 briefing = Briefing.of(example)
             finally:
-                example.close()
+                with suppress(Exception):  # nothing depends on a clean end
+                    example.close()
             pool = self._make_pool(factory, self._n_slots(len(episodes)))
             try:
                 played, _ = self._play_in(pool, briefing, episodes, self._eval_temperature, "Evaluation")

@@ -14,6 +14,7 @@ from ..actions import ActionParser
 from ..contexts import Briefing
 from ..envs.make import make_env
 from ..exploration import make_exploration
+from ..rollout.faults import checked_reset
 from .agent_grpo_config import AgentGRPOConfig
 
 
@@ -167,6 +168,11 @@ def check_environment(
                 f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
                 "begins. Give it that attribute."
             )
+        for name in ("question", "history_header"):
+            if not isinstance(getattr(env, name, ""), str):
+                raise ValueError(
+                    f"{type(env).__name__}.{name} is {getattr(env, name)!r}: make it a text, or leave it out."
+                )
         legal_actions = info.get("legal_actions")
         if legal_actions:
             parser.check_legal_actions(legal_actions)
@@ -179,18 +185,23 @@ def check_environment(
             )
         return Briefing.of(env)
     finally:
-        env.close()
+        _close(env)
 
 
 def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     env = factory()
     try:
-        _, info = env.reset(seed=row["seed"], options=row.get("options"))
-    except BaseException:
-        with suppress(Exception):
-            env.close()
+        answer = env.reset(seed=row["seed"], options=row.get("options"))
+        return env, checked_reset(answer)[-1]
+    except BaseException as error:
+        error.add_note("trl_agents.check_env explains what is wrong with an environment.")
+        _close(env)
         raise
-    return env, info
+
+
+def _close(env: Any) -> None:
+    with suppress(Exception):  # as in a rollout: nothing depends on a clean end
+        env.close()
 
 
 def check_dataset(dataset: Any, at_least: int = 0) -> None:

@@ -115,6 +115,8 @@ class GymnasiumEnvironment:
 
     def _text(self, observation: Any) -> str:
         text = observation if isinstance(observation, str) else self._describe(observation, self.env.unwrapped)
+        if not isinstance(text, str):
+            raise TypeError(f"`describe` returned {text!r} ({type(text).__name__}), not a str")
         return strip_ansi(text)
 
     def _info(self, info: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +152,8 @@ def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
 
 def _named(space: gymnasium.Space, actions: Sequence[str] | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     """The actions by their names."""
+    if actions is not None:
+        _check_names(actions)
     if isinstance(actions, Mapping):
         return dict(actions)
     if not isinstance(space, Discrete):
@@ -164,6 +168,15 @@ def _named(space: gymnasium.Space, actions: Sequence[str] | Mapping[str, Any] | 
     if len(names) != len(numbers):
         names = [str(number) for number in numbers]
     return dict(zip(names, numbers, strict=True))
+
+
+def _check_names(actions: Any) -> None:
+    """What a player could not tell apart would be played as one."""
+    names = actions if isinstance(actions, (Mapping, list, tuple)) else [actions]
+    if isinstance(actions, str) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"actions={actions!r}: give a list of names, or a dictionary from names to actions.")
+    if len({name.casefold() for name in names}) != len(names):
+        raise ValueError(f"actions={actions!r} gives two actions one name: case does not tell them apart.")
 
 
 def show(observation: Any, env: Any) -> str:
