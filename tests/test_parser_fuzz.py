@@ -112,6 +112,8 @@ TEXTS = st.one_of(
 def test_any_text(text, legal_actions, parser, cut_off):
     first = check(parser, text, legal_actions, cut_off)
     assert parser.parse(text, legal_actions, cut_off=cut_off) == first  # nothing is remembered
+    if parser.is_complete(text, legal_actions):
+        assert check(parser, text, legal_actions).is_valid
 
 
 @settings(max_examples=500, deadline=None)
@@ -205,7 +207,22 @@ def test_patterns_that_backtrack(pattern, text):
     began = time.process_time()
     for legal_actions in (["a", "x"], None):
         check(parser, text, legal_actions)
+        assert not parser.is_complete(text, legal_actions)
     assert time.process_time() - began < 1.0
+
+
+def test_time_that_runs_out_in_between(monkeypatch):
+    """The first look at a text is over in time, the next is not: the computer is busy."""
+    looks = iter([(7, 10)] + [None] * 9)
+
+    def find(self, text):
+        if (span := next(looks)) is None:
+            raise TimeoutError
+        return span
+
+    monkeypatch.setattr(ActionParser, "_find", find)
+    for text in ("ACTION=red because", "ACTION=red"):
+        ActionParser().is_complete(text, ["red"])
 
 
 PATTERN_PIECES = ["(", ")", "(?:", "(?P<action>", "(?=", "(?!", "(?<=", "(?i)", "|", "*", "+", "*+", "+?", "{2,}", "^"]

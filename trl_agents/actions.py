@@ -317,10 +317,11 @@ class ActionParser:
                 The actions to choose from. If `None`, any action is legal.
         """
         names = None if legal_actions is None else _names(legal_actions)
-        action = self._parse(text, names, True).action
+        span = self._span(text)
+        action = self._read(text, span, names, True).action
         if action is None:
             return False
-        if self._find(text)[1] < len(text):
+        if span[1] < len(text):
             return True  # the pattern went past the end of the action
         if names is None or names.goes_on(action):
             return False
@@ -363,10 +364,16 @@ class ActionParser:
                 )
 
     def _parse(self, text: str, names: _Names | None, cut_off: bool) -> ParsedAction:
+        return self._read(text, self._span(text), names, cut_off)
+
+    def _span(self, text: str) -> tuple[int, int] | None:
         try:
-            span = self._find(text)
+            return self._find(text)
         except (TimeoutError, MemoryError, RuntimeError):  # a pattern that backtracks without end
-            span = None
+            return None
+
+    @staticmethod
+    def _read(text: str, span: tuple[int, int] | None, names: _Names | None, cut_off: bool) -> ParsedAction:
         if span is None:
             return ParsedAction(None, InvalidReason.CUT_OFF if cut_off else InvalidReason.NO_MATCH)
         start, end = span
