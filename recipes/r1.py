@@ -27,6 +27,7 @@ from trl_agents.questions import load_model, self_training_rows
 from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
 from trl_agents.recipe import (
     QuestionArguments,
+    check_positive,
     check_stages,
     machine_settings,
     parse_arguments,
@@ -169,6 +170,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 def check(script_args: ScriptArguments, training_args: AgentGRPOConfig) -> None:
     """Raises now what would be raised in the middle."""
+    check_positive(script_args, "base_epochs", "base_learning_rate", "sft_learning_rate", "sft_batch_size")
+    check_positive(script_args, "cold_rows", "cold_epochs")
+    check_positive(script_args, *(f"rejection_{what}" for what in ("samples", "most", "epochs")))
     if training_args.reward_weights is not None and len(training_args.reward_weights) != 2:
         raise ValueError(f"reward_weights={training_args.reward_weights}: give two, of the answer and of its form.")
     if script_args.num_votes < 1:

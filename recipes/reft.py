@@ -27,6 +27,7 @@ from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
 from trl_agents.recipe import (
     QuestionArguments,
+    check_positive,
     check_stages,
     machine_settings,
     parse_arguments,
@@ -91,6 +92,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     if script_args.rerank and not script_args.num_votes:
         raise ValueError("rerank chooses among sampled answers, and num_votes=0 samples none: give their number.")
     check_stages(training_args, model_args, adapters=True)
+    check_positive(script_args, "warmup_epochs", "sft_epochs", "sft_learning_rate", "sft_batch_size", "st_samples")
+    check_positive(script_args, "st_unique", "st_epochs", "st_rounds", "st_learning_rate", "rerank_epochs")
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     if adapters.peft and "reft_separate_critic" in script_args.methods:
         raise ValueError("The method reft_separate_critic trains a second trunk in full: leave it, or use_peft, out.")

@@ -23,7 +23,7 @@ from trl_agents.checkpoints import last_checkpoint
 from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import check_positive, check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
 
@@ -54,6 +54,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             f"beta={training_args.beta} and kl_in={training_args.kl_in!r}: the stage `ppo` has the KL in its reward, "
             "`ppo_no_kl` has none."
         )
+    check_positive(script_args, "no_kl_steps")
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters)
     sft, judge, rewards = beginning.sft, beginning.reward_model, beginning.load_rewards(training_args.device)

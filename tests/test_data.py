@@ -309,6 +309,11 @@ class TestFiles:
         with pytest.raises(ValueError, match=match):
             load_questions(tmp_path / name)
 
+    def test_odd_ends_of_lines_in_a_text(self, tmp_path):
+        row = {"question": "Two\u2028and \x85 three\x0c?", "answer": "5"}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+        assert load_questions(tmp_path / "rows.jsonl")["question"] == [row["question"]]
+
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             load_questions(tmp_path / "rows.json")
@@ -358,6 +363,7 @@ class TestHub:
             ("gsm8k", {"n": 3}, 'n: only "arithmetic"'),
             ("gsm8k", {"numeric": True}, "options of MathQA"),
             ("arithmetic", {"n": 3, "split": "dev"}, "train.*'dev'"),
+            ("arithmetic", {"nn": 3}, "nn: no setting of .*announced, distractors.*, skipping"),
         ],
     )
     def test_bad_arguments(self, hub, name, settings, match):

@@ -191,10 +191,15 @@ def test_the_generated_data():
         ([{"prompt": "Q", "chosen": "yes"}], {"test_dataset": "self"}, "'rejected'"),
         ([{"prompt": "Q", "chosen": "a", "rejected": "b"}], {}, "--test_dataset"),
         ([{"prompt": [{"role": "user", "content": "Q"}], "chosen": "a", "rejected": "b"}], {}, "plain text"),
+        (
+            [{"prompt": "Q", "chosen": "a", "rejected": "b"}, {"prompt": "Q", "chosen": None, "rejected": "b"}],
+            {"test_dataset": "self"},
+            "Row 1 of .* has NoneType for 'chosen'",
+        ),
         ([{"prompt": "Q", "chosen": "a", "rejected": "b"}], {"test_dataset": "none.json"}, "no file 'none.json'"),
         ([{"prompt": "Q", "chosen": "a", "rejected": "b"}], {"dataset_kwargs": {"n": 3}}, "'n': 3"),
     ],
-    ids=["a column", "no test file", "conversations", "no such file", "settings of the generator"],
+    ids=["a column", "no test file", "conversations", "a missing reply", "no such file", "settings of the generator"],
 )
 def test_files_that_do_not_fit(tmp_path, rows, arguments, said):
     path = write(tmp_path / "rows.jsonl", rows)

@@ -96,6 +96,11 @@ def assert_unharmed(runner: ProgramRunner) -> None:
         ("import statistics as st\nreturn st.mean([1, 2, 6])", 3.0),
         ("from itertools import combinations\nreturn len(list(combinations(range(5), 2)))", 10.0),
         ("from datetime import datetime\nd = datetime.strptime('2024-03-01', '%Y-%m-%d')\nreturn d.day", 1.0),
+        (
+            "from datetime import date as day\nd = day(2024, 3, 1)\nreturn f'{d:%d %B}, ' + d.strftime('%a')",
+            "01 March, Fri",
+        ),
+        ("from datetime import date\nd = date.today()\nreturn 0 if d.timetuple() is None else d.year // 2000", 1.0),
         ("from collections import Counter\nreturn Counter('abca').most_common(1)[0][1]", 2.0),
         ("total = 0\nfor i, x in enumerate([1, 2, 3]):\n    total += i * x\nreturn total", 8.0),
         ("n = 0\nwhile n * n < 50:\n    n += 1\nreturn n", 8.0),
@@ -475,6 +480,7 @@ class TestSecondWall:
     def test_importer_and_builtins_are_reduced(self, runner):
         for body, reason in [
             ("import os", "error: ImportError"),
+            ("import time\nreturn time.sleep(9)", "error: AttributeError"),
             ("return open('x')", "error: NameError"),
             ("return getattr(1, 'real')", "error: NameError"),
             ("import statistics\nreturn statistics.sys", "error: AttributeError"),
@@ -761,6 +767,11 @@ def test_reward_of_multiple_choice(patient):
     reward = get_program_reward(runner=patient, multiple_choice=True)
     assert reward.__name__ == "program_reward_multiple_choice"
     assert reward([solution(body) for body in bodies], ["c"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert reward([solution("return 'c'")] * 3, ["C", "(c)", "c ) 120"]) == [1.0] * 3
+    # What is no letter is no answer, also where a program returns the same text
+    odd = ["", " ", math.nan, None, 10**5000, ["c"], "nan"]
+    programs = [solution(f"return {text!r}") for text in ("", "", "nan", "none", "1", "['c']", "nan")]
+    assert reward(programs, odd) == [None] * 7
 
 
 def test_reward_logs_failures(patient):

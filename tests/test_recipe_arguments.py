@@ -2,12 +2,19 @@
 """What recipes share: arguments from a default file, from another, and from the command line over both."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 from trl import ModelConfig, SFTConfig
 
-from trl_agents.recipe import as_settings, check_stages, machine_settings, parse_arguments, trainer_settings
+from trl_agents.recipe import (
+    QuestionArguments,
+    as_settings,
+    check_stages,
+    machine_settings,
+    parse_arguments,
+    trainer_settings,
+)
 
 
 @dataclass
@@ -44,6 +51,47 @@ def test_an_unknown_line_is_told(configs, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipe.py"])
     with pytest.raises(ValueError, match="shotz"):
         parse_arguments(configs / "default.yaml", Arguments)
+
+
+@dataclass
+class Choices:
+    style: str | None = field(default="words", metadata={"choices": ["words", "program"]})
+    methods: list[str] = field(default_factory=lambda: ["sft"], metadata={"choices": ["sft", "reft"]})
+    players: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("style: programs", "'programs' is unknown, choose from words, program"),
+        ("methods: [sft, raft]", "'raft' is unknown, choose from sft, reft"),
+        ("methods: sft", r"methods='sft': give a list, \[sft\]"),
+        ("players: random", r"players='random': give a list, \[random\]"),
+    ],
+)
+def test_a_file_is_held_to_the_choices_too(configs, monkeypatch, line, said):
+    monkeypatch.setattr("sys.argv", ["recipe.py"])
+    (configs / "default.yaml").write_text(line)
+    with pytest.raises(ValueError, match=said):
+        parse_arguments(configs / "default.yaml", Choices)
+    (configs / "default.yaml").write_text("style: null\nmethods: []\nplayers: [random]")
+    (parsed,) = parse_arguments(configs / "default.yaml", Choices)
+    assert (parsed.style, parsed.methods, parsed.players) == (None, [], ["random"])
+
+
+@pytest.mark.parametrize("value", ["{n: 2}", "[2]", '"n"', [2], "3"])
+def test_settings_that_are_none(value):
+    with pytest.raises(ValueError, match="write"):
+        as_settings(value)
+
+
+@pytest.mark.parametrize("most", [0, -3])
+def test_no_questions_to_train_or_test_on(most):
+    for name in ("num_train", "num_test"):
+        with pytest.raises(ValueError, match=f"{name}={most}: give more than 0"):
+            QuestionArguments(dataset_kwargs={"n": 5}, **{name: most}).load("train")
+    one = QuestionArguments(dataset_kwargs={"n": 5}, num_train=1, num_test=2)
+    assert (len(one.load("train")), len(one.load("test"))) == (1, 2)
 
 
 def test_settings_are_a_mapping_or_json():

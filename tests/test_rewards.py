@@ -6,6 +6,7 @@ import re
 import threading
 import time
 import warnings
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from trl_agents.rewards.format import (
     trigger_format_reward,
 )
 from trl_agents.rewards.numeric import get_numeric_reward, numeric_reward
+from trl_agents.rewards.programs import program_reward
 
 
 TRIGGER = "Therefore, the answer is: "
@@ -208,6 +210,10 @@ class TestNumericReward:
             ("10", 10**400, None),
             ("10", None, None),
             ("1", True, None),
+            ("10", Decimal("10"), 1.0),
+            ("10", Decimal("sNaN"), None),
+            ("10", [10], None),
+            ("10", "１٠", 1.0),
         ],
     )
     def test_table(self, text, answer, reward):
@@ -287,7 +293,7 @@ class TestChoice:
     def test_reward(self, gold):
         assert choice_reward([TRIGGER + "c", TRIGGER + "d", "C or D", "zzz"], answer=[gold] * 4) == [1, 0, 0, 0]
 
-    @pytest.mark.parametrize("gold", ["", "Paris", 2, 2.5, None, math.nan])
+    @pytest.mark.parametrize("gold", ["", "Paris", 2, 2.5, None, math.nan, ["c"], pytest.param(10**5000, id="huge")])
     def test_gold_without_a_letter_is_skipped(self, gold):
         assert choice_reward(["c"], answer=[gold]) == [None]
 
@@ -472,7 +478,7 @@ PIECES = ["1", "23", ",", ".", "-", "/", "e", "$", "%", " ", "\n", "{", "}", "("
 PIECES += ["<think>", "</think>", "<answer>", "</answer>", TRIGGER, "or", "×", "²", "１", "\ud800", "\x00", "\\text{"]
 hostile = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 texts = st.text() | hostile
-golds = st.text() | hostile | st.integers() | st.floats() | st.none() | st.just("10") | st.just("c")
+golds = st.text() | hostile | st.integers() | st.floats() | st.decimals() | st.none() | st.sampled_from(["10", "c"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -623,6 +629,7 @@ def test_in_trl_s_own_trainer(algorithm, tmp_path):
         tag_count_reward,
         trigger_format_reward,
         accuracy_reward,
+        program_reward,
     ]
     args = getattr(trl, f"{algorithm}Config")(
         output_dir=str(tmp_path),

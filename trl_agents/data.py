@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import inspect
 import json
 import re
 import warnings
@@ -256,6 +257,17 @@ _SCHEMAS: list[tuple[str, set[str], Callable]] = [
 ]
 
 
+def as_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """Settings of a YAML, or the JSON that the command line has in their place."""
+    try:
+        settings = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{value!r} is no JSON ({error}): write settings as '{{\"n\": 100}}'.") from error
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{value!r} names no settings: write them as '{{\"n\": 100}}'.")
+    return dict(settings)
+
+
 def load_questions(name: str | Path, split: str = "train", *, numeric: bool = False, **settings: Any) -> Dataset:
     """
     Load one of the datasets, or a file in the schema of one of them.
@@ -282,6 +294,11 @@ def load_questions(name: str | Path, split: str = "train", *, numeric: bool = Fa
         `ValueError`: for an unknown name, an unknown schema, or if no row is left.
     """
     if name == "arithmetic":
+        known = inspect.signature(arithmetic_problems).parameters.keys() - {"split"}
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(
+                f'{", ".join(unknown)}: no setting of "arithmetic", choose from {", ".join(sorted(known))}.'
+            )
         return arithmetic_problems(**{"n": 1000, **settings, "split": split})
     if settings:
         raise ValueError(f'{", ".join(settings)}: only "arithmetic" has such settings, not {str(name)!r}.')
@@ -317,7 +334,8 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         is_list = text.lstrip().startswith("[")
-        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not `splitlines`: JSON's texts may hold other ends of lines as they are, such as U+2028
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is neither a list of objects nor an object a line: {error}") from error
     if not all(isinstance(row, dict) for row in rows):

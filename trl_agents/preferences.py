@@ -12,7 +12,6 @@ https://huggingface.co/papers/2210.10760, and here it can be measured and read.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .data import as_settings
 
 
 if TYPE_CHECKING:
@@ -205,6 +206,7 @@ def _listed(features: Sequence[str]) -> str:
 
 # -- any preferences --------------------------------------------------------------------------------------------------
 
+_PACE = ("epochs", "learning_rate", "batch_size")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -249,8 +251,7 @@ class PreferenceArguments:
 
     @property
     def generator_settings(self) -> dict[str, Any]:
-        settings = self.dataset_kwargs or {}
-        return json.loads(settings) if isinstance(settings, str) else dict(settings)
+        return as_settings(self.dataset_kwargs)
 
     @property
     def data_settings(self) -> list[Any]:
@@ -288,6 +289,9 @@ class PreferenceArguments:
             `ValueError`: for settings or columns that do not fit.
         """
         settings = self.generator_settings
+        for name in ("num_train", "num_test", *(f"{stage}_{what}" for stage in ("sft", "rm") for what in _PACE)):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name}={value!r}: give more than 0.")
         if self.has_utility:
             if unknown := settings.keys() - {"n", "noise"}:
                 raise ValueError(f"dataset_kwargs: {', '.join(sorted(unknown))} is unknown, choose from n and noise.")
@@ -305,7 +309,7 @@ class PreferenceArguments:
             demonstrations = pairs.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
         if self.sft_dataset is not None:
             demonstrations = _load(self.sft_dataset, "train", ("prompt", "completion"))
-        pairs = pairs.select(range(min(self.num_train or len(pairs), len(pairs))))
+        pairs = pairs.select(range(min(len(pairs) if self.num_train is None else self.num_train, len(pairs))))
         test = test.select_columns(["prompt"]).select(range(min(self.num_test, len(test))))
         return demonstrations, pairs, test
 
@@ -325,9 +329,10 @@ def _load(name: str, split: str, columns: Sequence[str]) -> Dataset:
     if len(rows) == 0:
         raise ValueError(f"{name!r} has no row.")
     for column in columns:
-        if not isinstance(rows[0][column], str):
-            raise ValueError(
-                f"Column {column!r} of {name!r} holds {type(rows[0][column]).__name__}, and plain text is needed: "
-                "render conversations with the model's chat template first."
-            )
+        for number, value in enumerate(rows[column]):
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"Row {number} of {name!r} has {type(value).__name__} for {column!r}, and plain text is needed: "
+                    "drop rows without, and render conversations with the model's chat template first."
+                )
     return rows.select_columns(list(columns))

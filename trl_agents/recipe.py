@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from ._trl import ModelConfig, TrlParser
-from .data import load_questions
+from .data import as_settings, load_questions
 from .hub import stage_repository
 
 
@@ -40,12 +39,37 @@ def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple
         arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]
     if "--config" not in arguments:
         arguments += ["--config", str(default_config)]
-    return tuple(TrlParser(dataclass_types).parse_args_and_config(arguments))
+    parsed = tuple(TrlParser(dataclass_types).parse_args_and_config(arguments))
+    for instance in parsed:
+        check_choices(instance)
+    return parsed
 
 
-def as_settings(value: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Settings of a YAML, or the JSON that the command line has in their place."""
-    return json.loads(value) if isinstance(value, str) else dict(value or {})
+def check_choices(arguments: Any) -> None:
+    """
+    Raises `ValueError` for what is none of a field's choices. The parser holds the command line to them, but not a
+    YAML, whose values it takes for defaults.
+    """
+    for each in fields(arguments):
+        value, choices = getattr(arguments, each.name), each.metadata.get("choices")
+        if isinstance(value, str) and isinstance(default_of(each), list):
+            raise ValueError(f"{each.name}={value!r}: give a list, [{value}].")
+        if choices is None or value is None:
+            continue
+        if unknown := [one for one in (value if isinstance(value, list) else [value]) if one not in choices]:
+            raise ValueError(f"{each.name}={value!r}: {unknown[0]!r} is unknown, choose from {', '.join(choices)}.")
+
+
+def default_of(each: Field) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def check_positive(arguments: Any, *names: str) -> None:
+    """Raises `ValueError` for what is not above 0 where it must be; None is for the recipe to fill in."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value!r}: give more than 0.")
 
 
 @dataclass
@@ -79,6 +103,7 @@ class QuestionArguments:
         """
         if Path(self.dataset).suffix and self.test_dataset is None:
             raise ValueError(f"dataset={self.dataset!r} is one file: name another to test on, --test_dataset.")
+        check_positive(self, "num_train", "num_test")
         name, most = self.dataset, self.num_train
         if split == "test":
             name, most = self.test_dataset or self.dataset, self.num_test

@@ -48,6 +48,11 @@ SYSTEM_CALLS = {
 }
 
 
+# What `datetime` imports while a program runs, for `strftime`, `today` and `timetuple`. The first wall lets no program
+# import it.
+IMPORTED_LATE = {"time": ["strftime", "struct_time", "time"]}
+
+
 class Walls:
     """
     What the fork gives up before it runs a program. `seccomp` says whether this system filters system calls.
@@ -274,6 +279,7 @@ def main() -> None:
         sys.path += config["path"]
         modules = loaded_modules(config["modules"])
         warm_up(modules)
+        modules |= loaded_modules(IMPORTED_LATE)
         walls = Walls(config["memory_mb"])
         walls.measure()
         gc.freeze()  # a collection in a fork would copy every page that it looks at

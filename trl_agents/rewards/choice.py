@@ -67,6 +67,11 @@ def _read(stated: str) -> str | None:
     return letter
 
 
+def gold_choice(gold: Any) -> str | None:
+    """Returns the letter of a correct answer, as a capital, or `None` if it is none."""
+    return _read(gold) if isinstance(gold, str) else None
+
+
 def choice_reward(
     completions: list[str] | list[list[dict[str, Any]]],
     answer: list[str] | None = None,
@@ -125,7 +130,7 @@ class _ChoiceReward:
 
     def __call__(self, completions, answer=None, log_extra=None, **kwargs) -> list[float | None]:
         texts = completion_texts(completions)
-        golds = [_read(str(gold)) for gold in answer_column(self.__name__, texts, answer)]
+        golds = [gold_choice(gold) for gold in answer_column(self.__name__, texts, answer)]
         letters = [find_choice(text, self.trigger) for text in texts]
         if log_extra is not None:
             log_extra(f"{self.__name__}_read", [letter or "[none]" for letter in letters])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -125,10 +126,10 @@ def gold_number(gold: Any) -> float | None:
     """Returns a correct answer as a number, or `None` if it is none."""
     if isinstance(gold, str):
         return find_number(gold)
-    if isinstance(gold, bool) or not isinstance(gold, Real):
+    if isinstance(gold, bool) or not isinstance(gold, (Real, Decimal)):
         return None
     try:
         number = float(gold)
-    except OverflowError:
+    except (OverflowError, ValueError):  # ValueError: a signalling NaN
         return None
     return number if math.isfinite(number) else None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .answers import find_number, numbers_equal
+from .choice import gold_choice
 from .completions import answer_column, completion_texts, variant_name
 from .numeric import gold_number
 from .program_check import MAX_SOURCE, check_program, parse_quietly
@@ -202,8 +203,8 @@ def get_program_reward(
         runner (`ProgramRunner`, *optional*):
             Runs the programs. By default one with default settings, made at first use and shared by all rewards.
         multiple_choice (`bool`, *optional*, defaults to `False`):
-            Whether the answer is a letter: then the returned text, without quotes and in any case, must be it, and
-            there is no reward for a wrong one.
+            Whether the answer is a letter, read as in [`choice_reward`]: then the returned text, without quotes and in
+            any case, must be it, and there is no reward for a wrong one.
         tolerance (`float`, *optional*, defaults to `1e-2`):
             How far apart equal numbers may be, see [`numbers_equal`].
         entry (`str`, *optional*, defaults to `"solution"`):
@@ -245,8 +246,8 @@ class _ProgramReward:
             prompts = [None] * len(texts)
         programs = [program_of(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]
         results = (self.runner or shared_runner()).run(programs, self.entry)
+        golds = [(gold_choice if self.multiple_choice else gold_number)(gold) for gold in golds]
         if not self.multiple_choice:
-            golds = [gold_number(gold) for gold in golds]
             results = [_as_number(result) for result in results]
         if log_metric is not None and results:
             kinds = Counter(result.reason.partition(":")[0] for result in results if result.reason)
@@ -262,7 +263,7 @@ class _ProgramReward:
         if result.reason is not None:
             return 0.0
         if self.multiple_choice:
-            return float(_letter(result.value) == _letter(gold))
+            return float(_letter(result.value) == gold.lower())
         return 1.0 if numbers_equal(result.value, gold, self.tolerance) else self.partial
 
 
