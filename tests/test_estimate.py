@@ -24,7 +24,8 @@ from trl_agents.estimate.report import Estimate, describe, estimate, suggest, ta
 from trl_agents.estimate.shape import measure_shape, read_shape
 from trl_agents.estimate.states import count_states, frozen_bytes, quantised_bytes
 from trl_agents.estimate.timing import Times, estimate_times, forward_flops, update_flops
-from trl_agents.rollout.cache import SlotCache, SlotModel
+from trl_agents.rollout.cache import SlotCache
+from trl_agents.rollout.slots import SlotModel
 
 
 # As the models' pages on the Hub have it

@@ -227,22 +227,26 @@ class TestSlotBackendAgreesWithPlainForwardPasses:
 
 
 class TestForwardPasses:
-    def test_a_group_reads_its_prompt_once(self):
-        model = model_from(CONFIGS["qwen3"]())
+    """Of a model that packs tokens, and of one (with sliding windows) that pads rows to a block."""
+
+    @pytest.mark.parametrize(("family", "step"), [("qwen3", (1, 4)), ("mistral", (4, 1))])
+    def test_a_group_reads_its_prompt_once(self, family, step):
+        model = model_from(CONFIGS[family]())
         backend = greedy(model, 4)
         calls = forward_calls(model)
         answers(backend, dict.fromkeys(range(4), tokens(0, 20)), budget=3)
-        assert calls == [(1, 19), (4, 1), (4, 1), (4, 1)]
+        assert calls == [(1, 19), step, step, step]
 
-    def test_a_turn_reads_what_is_new(self):
-        model = model_from(CONFIGS["qwen3"]())
+    @pytest.mark.parametrize(("family", "expected"), [("qwen3", [(1, 12), (1, 2)]), ("mistral", [(2, 6), (2, 1)])])
+    def test_a_turn_reads_what_is_new(self, family, expected):
+        model = model_from(CONFIGS[family]())
         backend = greedy(model, 2)
         prompts = {0: tokens(0, 20), 1: tokens(1, 30)}
         replies = answers(backend, prompts, budget=2)
         calls = forward_calls(model)
         answers(backend, {slot: [*prompts[slot], *replies[slot].ids, *tokens(slot, 5)] for slot in prompts}, budget=2)
         # The last token of the reply was sampled but not read: it and 5 new ones, the last of them to sample from
-        assert calls == [(2, 6), (2, 1)]
+        assert calls == expected
 
     def test_a_window_reads_from_the_change_on(self):
         model = model_from(CONFIGS["qwen3"]())
@@ -252,9 +256,17 @@ class TestForwardPasses:
         answers(backend, {0: [*tokens(0, 50)[:40], *tokens(1, 8)]}, budget=1)
         assert calls == [(1, 8)]
 
-    @pytest.mark.parametrize(("length", "expected"), [(22, [(4, 22)]), (23, [(1, 22), (4, 1)])])
-    def test_a_long_read_is_done_apart(self, length, expected):
-        model = model_from(CONFIGS["qwen3"]())
+    @pytest.mark.parametrize(
+        ("family", "length", "expected"),
+        [
+            ("qwen3", 23, [(1, 26)]),
+            # Three rows of padding to the new slot's length: up to 64 tokens are worth a pass
+            ("mistral", 22, [(4, 22)]),
+            ("mistral", 23, [(1, 22), (4, 1)]),
+        ],
+    )
+    def test_a_long_read_beside_short_ones(self, family, length, expected):
+        model = model_from(CONFIGS[family]())
         backend = greedy(model, 4, eos=())
         prompts = {slot: tokens(slot, 5) for slot in range(3)} | {3: tokens(3, length)}
         for slot in range(3):
@@ -263,7 +275,7 @@ class TestForwardPasses:
         calls = forward_calls(model)
         backend.submit(3, prompts[3], 6, None)
         replies = dict(backend.step())
-        assert calls == expected  # three rows of padding to the new slot's length: up to 64 tokens are worth a pass
+        assert calls == expected
         while backend.busy:
             replies.update(backend.step())
         assert {slot: reply.ids for slot, reply in replies.items()} == {

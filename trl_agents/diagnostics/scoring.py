@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..rollout.attention import attending
-from ..rollout.cache import SlotModel
+from ..rollout.slots import SlotModel
 
 
 @dataclass(frozen=True, slots=True)

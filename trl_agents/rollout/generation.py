@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .cache import SlotModel
+from .slots import SlotModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,6 @@ class SlotBackend:
             How to sample.
     """
 
-    # So many tokens of padding in a block cost about as much as one more pass through the model
-    PADDING = 64
-
     def __init__(self, model: PreTrainedModel, n_slots: int, sampling: Sampling):
         problem = self.unsupported(model)
         if problem:
@@ -177,18 +174,11 @@ class SlotBackend:
         active = [index for index, slot in enumerate(self.slots) if slot.active]
         if not active:
             return []
-        # Riding along costs less than gathering the cache, until few of the rows have something to say
-        block = active[-1] + 1
-        rows = active if 2 * len(active) <= block else list(range(block))
-        slots = [self.slots[index] for index in rows]
-        self._read_ahead(active, len(rows))
-        # An idle row writes behind its last cached token, where nothing is read
-        tokens = [slot.ids[slot.n_cached :] if slot.active else [0] for slot in slots]
+        self._read_shared(active)
+        slots = [self.slots[index] for index in active]
         logits = self.decoder.read(
-            None if len(rows) == block else rows, tokens, [slot.n_cached for slot in slots]
+            active, [slot.ids[slot.n_cached :] for slot in slots], [slot.n_cached for slot in slots]
         )  # (b, V)
-        if len(active) < len(rows):
-            logits = logits[[row for row, slot in enumerate(slots) if slot.active]]
         finished = []
         for index, token, ended in self._sample(logits, active):
             slot = self.slots[index]
@@ -201,30 +191,22 @@ class SlotBackend:
                 finished.append((index, Reply(tuple(slot.ids[slot.n_prompt :]), cut_off=not ended)))
         return finished
 
-    def _read_ahead(self, active: list[int], n_rows: int) -> None:
-        """Read all but the last known token apart, where that costs less than to read everything in one block."""
-        unread = {index: len(self.slots[index].ids) - self.slots[index].n_cached for index in active}
-        padding = n_rows * max(unread.values()) - sum(unread.values())
-        fresh = [tuple(self.slots[index].ids[:-1]) for index in active if self.slots[index].n_cached == 0]
-        if padding <= self.PADDING and len(set(fresh)) == len(fresh):
-            return
-        indices = [index for index, length in unread.items() if length > 1]
-        if not indices:
-            return
-        # Fresh slots that start alike (a group's prompt) are computed once
+    def _read_shared(self, active: list[int]) -> None:
+        """Fresh slots that start alike (a group's prompt) are computed once."""
         alike: dict[tuple[int, ...], list[int]] = {}
-        for index in indices:
+        for index in active:
             slot = self.slots[index]
-            key = tuple(slot.ids[:-1]) if slot.n_cached == 0 else (-1, index)
-            alike.setdefault(key, []).append(index)
-        rows = [members[0] for members in alike.values()]
-        slots = [self.slots[index] for index in rows]
-        self.decoder.read(rows, [slot.ids[slot.n_cached : -1] for slot in slots], [slot.n_cached for slot in slots])
-        for first, *others in alike.values():
-            length = len(self.slots[first].ids) - 1
-            self.decoder.cache.copy(first, others, length)
-            for index in (first, *others):
-                self.slots[index].n_cached = length
+            if slot.n_cached == 0 and len(slot.ids) > 1:
+                alike.setdefault(tuple(slot.ids[:-1]), []).append(index)
+        shared = {ids: members for ids, members in alike.items() if len(members) > 1}
+        if not shared:
+            return
+        firsts = [members[0] for members in shared.values()]
+        self.decoder.read(firsts, list(shared), [0] * len(firsts))
+        for ids, members in shared.items():
+            self.decoder.copy(members[0], members[1:], len(ids))
+            for index in members:
+                self.slots[index].n_cached = len(ids)
 
     def _sample(self, logits: torch.Tensor, active: list[int]) -> list[tuple[int, int, bool]]:
         """`logits` of shape `(len(active), V)` -> (slot, token, whether it ends the reply)."""
