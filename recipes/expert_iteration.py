@@ -27,7 +27,14 @@ from trl_agents.evaluation import held_out_seeds, interval, markdown_table, play
 from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_accuracy, plot_regret
 from trl_agents.questions import answer_questions, evaluate_answers, load_model
-from trl_agents.recipe import as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import (
+    as_settings,
+    check_positive,
+    check_stages,
+    parse_arguments,
+    stage_arguments,
+    trainer_settings,
+)
 from trl_agents.report import add_to_cards, push_stages, report_stages
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
@@ -92,6 +99,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     if args.num_samples < 1 or args.rounds < (0 if args.episodes else 1):
         said = f"num_samples={args.num_samples}, rounds={args.rounds}, episodes={args.episodes!r}"
         raise ValueError(f"{said} leaves nothing to learn: sample at least once, in a round or more, or give a file.")
+    check_positive(args, "num_eval", "num_seeds", "num_transcripts", "warmup_batch_size", "max_new_tokens")
     keeping = {"share": args.keep_share, "by_group": args.by_group, "most": args.keep_most}
     keeping["allow_invalid"] = args.keep_invalid
     given = logs.read_episodes(args.episodes) if args.episodes else []

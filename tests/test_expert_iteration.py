@@ -152,6 +152,8 @@ def test_two_processes(tmp_path):
         (["--raise_reward", "0.1"], "raise_reward=0.1"),
         (["--rounds", "0"], "rounds=0"),
         (["--num_samples", "0"], "num_samples=0"),
+        (["--num_eval", "0"], "num_eval=0: give more than 0"),
+        (["--num_seeds", "-1"], "num_seeds=-1"),
         (["--context", "chat", "--window", "3"], "window=3 has no effect"),
         (["--players", "rnd"], "'rnd' is unknown"),
     ],

@@ -613,11 +613,14 @@ def test_lazy_names():
         rewards.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO", "AgentGRPO"])
 def test_in_trl_s_own_trainer(algorithm, tmp_path):
+    """And TRL's soft length penalty in ours."""
     import trl
     from datasets import Dataset
+    from trl.rewards import get_soft_overlong_punishment
 
+    import trl_agents
     from trl_agents.tiny import tiny_model, tiny_tokenizer
 
     tokenizer = tiny_tokenizer([THINK, TRIGGER + "10", "What is 2 + 2?"])
@@ -630,8 +633,10 @@ def test_in_trl_s_own_trainer(algorithm, tmp_path):
         trigger_format_reward,
         accuracy_reward,
         program_reward,
+        get_soft_overlong_punishment(max_completion_len=8, soft_punish_cache=4),
     ]
-    args = getattr(trl, f"{algorithm}Config")(
+    library = trl_agents if algorithm.startswith("Agent") else trl
+    args = getattr(library, f"{algorithm}Config")(
         output_dir=str(tmp_path),
         max_steps=1,
         per_device_train_batch_size=4,
@@ -646,7 +651,7 @@ def test_in_trl_s_own_trainer(algorithm, tmp_path):
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = getattr(trl, f"{algorithm}Trainer")(
+    trainer = getattr(library, f"{algorithm}Trainer")(
         tiny_model(tokenizer, hidden_size=32),
         reward_funcs=list(rewards),
         args=args,
@@ -656,5 +661,7 @@ def test_in_trl_s_own_trainer(algorithm, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # math_verify may be missing here
         trainer.train()
-    logged = {key for entry in trainer.state.log_history for key in entry}
-    assert {f"rewards/{reward.__name__}/mean" for reward in rewards} <= logged
+    logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    means = {reward.__name__: logged[f"rewards/{reward.__name__}/mean"] for reward in rewards}
+    penalty = means.pop("soft_overlong_punishment_reward")
+    assert -1 <= penalty <= 0 and all(mean is None or 0 <= mean <= 1 for mean in means.values())  # None: no gold
