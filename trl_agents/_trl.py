@@ -25,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .batch import Row, sum_by_episode
+from .batch import NO_TURN, Row, pad_turn_index, sum_by_episode, used_columns
 from .checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, put_in_place, told_if_refused
 from .fsdp import sharded_modules, unsharded
 from .rollout.generation import BatchBackend, Reply
@@ -155,6 +155,8 @@ class RolloutGRPOTrainer(GRPOTrainer):
     writes_checkpoint = False  # now
     knows_whole_run = True  # also where this is its second part
     train_sampler: Any = None
+    _rollout_rows: RolloutRows | None = None  # of which TRL is making a batch
+    _sampled: torch.Tensor | None = None
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
         """Play the episodes of `inputs` (this process's slice of the batch) and return the rows to train on."""
@@ -177,8 +179,11 @@ class RolloutGRPOTrainer(GRPOTrainer):
         """
         raise NotImplementedError
 
-    def reading(self, width: int) -> AbstractContextManager:
-        """Open during every forward pass that scores `width` completion tokens: a critic reads along."""
+    def reading(self, width: int) -> AbstractContextManager[Callable[[int, int], None] | None]:
+        """
+        Open during every forward pass that scores `width` completion tokens: a critic reads along. What it gives is
+        called with the number of columns that were left out of the latest pass, on either side, for it to fill up.
+        """
         return nullcontext()
 
     def forget_readings(self) -> None:
@@ -269,21 +274,76 @@ class RolloutGRPOTrainer(GRPOTrainer):
         self._rewards_per_func = rewards
         return rewards
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        with self._scoring_only(inputs.get("tool_mask")):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         ours = self.plays or self.has_critic
-        if not ours or self._is_vlm or not self._accepts_positions():
+        with self.reading(logits_to_keep) as widen:
             forward = model  # a model of images has several axes of positions, and works them out from these
-        else:
-            # Without positions a model counts the padding left of the prompt too, which those with absolute position
-            # embeddings do not forgive, and the rollout saw none
-            def forward(**inputs):
-                positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-                return model(position_ids=positions, **inputs)
-
-        with self.reading(logits_to_keep):
+            if ours and not self._is_vlm and self._accepts_positions():
+                forward = self._economical(model, widen, self._tokens_to_score(logits_to_keep))
             return super()._get_per_token_logps_and_entropies(
                 forward, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )
+
+    @contextmanager
+    def _scoring_only(self, sampled: torch.Tensor | None) -> Iterator[None]:
+        """While open, tokens that nothing sampled need no log-probability; `sampled` `(B, T)`, or None for all."""
+        self._sampled, kept = sampled, self._sampled
+        try:
+            yield
+        finally:
+            self._sampled = kept
+
+    def _tokens_to_score(self, width: int) -> torch.Tensor | None:
+        if self._sampled is not None or self._rollout_rows is None:
+            return self._sampled
+        return pad_turn_index(self._rollout_rows.rows, width) != NO_TURN  # TRL's batch is being made of them
+
+    def _economical(
+        self, model: Any, widen: Callable[[int, int], None] | None, sampled: torch.Tensor | None
+    ) -> Callable[..., Any]:
+        """
+        `model` for TRL to call with one part of a batch's rows after the other: with positions, without the columns in
+        which no row of the part has a token (TRL pads all parts to the batch's longest row), and with labels for the
+        tokens alone that were sampled (on GPUs TRL's head computes logits where there is a label).
+        """
+        n_seen = 0
+
+        def forward(**inputs):
+            nonlocal n_seen
+            mask, labels = inputs["attention_mask"], inputs.get("labels")
+            # Without positions a model counts the padding left of the prompt too, which those with absolute position
+            # embeddings do not forgive, and the rollout saw none
+            inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+            if labels is None:  # trl 1.14 cuts whole logits by their distance from the end
+                return model(**inputs)
+            if sampled is not None:
+                part = sampled[n_seen : n_seen + len(labels)].to(labels.device)
+                n_seen += len(labels)
+                labels = labels.clone()
+                labels[:, -part.shape[1] :].masked_fill_(part == 0, -100)
+                inputs["labels"] = labels
+            first, end = (0, mask.shape[1]) if self.pad_to_multiple_of else used_columns(mask)
+            left, right = first, mask.shape[1] - end
+            if left == right == 0:
+                return model(**inputs)
+            outputs = model(
+                **{
+                    name: value[:, first:end] if torch.is_tensor(value) and value.shape == mask.shape else value
+                    for name, value in inputs.items()
+                }
+            )
+            for name in ("log_probs", "entropy"):
+                if getattr(outputs, name) is not None:
+                    setattr(outputs, name, torch.nn.functional.pad(getattr(outputs, name), (left, right)))
+            if widen is not None:
+                widen(left, right)
+            return outputs
+
+        return forward
 
     def _accepts_positions(self) -> bool:
         return "position_ids" in inspect.signature(type(self.causal_lm).forward).parameters
@@ -470,7 +530,7 @@ class RolloutGRPOTrainer(GRPOTrainer):
         parameters = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         extras = {name: batch[name] for name in parameters if name in batch}
         training = self.model.training
-        with torch.no_grad():
+        with torch.no_grad(), self._scoring_only(batch.get("tool_mask")):
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 self.model,
                 torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),

@@ -197,3 +197,9 @@ def pad_turn_index(rows: Sequence[Row], width: int) -> torch.Tensor:
     for number, row in enumerate(rows):
         index[number, : len(row.turn_index)] = torch.tensor(row.turn_index)
     return index
+
+
+def used_columns(mask: torch.Tensor) -> tuple[int, int]:
+    """From which column to which a padded batch's mask `(B, S)` has a token in some row; everywhere if it has none."""
+    used = mask.any(dim=0).nonzero().flatten()
+    return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, mask.shape[1])

@@ -10,22 +10,20 @@ take turns in one process, so that a busy machine is busy for both, and begin by
 
 - Time is the process's own time on the CPU (on a GPU the clock's, after waiting for the device), the median over
   repeats; the ratio is the median of each pair's ratio.
-- Memory on a CPU is counted, as the process's size says little at this scale: every storage that an operator returns
-  counts from then until it is freed, and the largest sum within a step is its peak. These are activations, gradients
-  and intermediate results; what operators use within themselves and give back is not seen. Parameters and Adam's
-  moments are there before and not counted, which makes the ratio the stricter one: both have them alike. On a GPU it
-  is the allocator's own peak above what was there before.
+- Memory is the step's peak of activations, gradients and intermediate results (`step_cost.py` says how it is counted).
+  Parameters and Adam's moments are there before and not counted, which makes the ratio the stricter one: both have
+  them alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,9 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from step_cost import peak_bytes_of, seconds_of, update
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer
-from trl_agents.estimate.dry_run import LiveBytes
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 
 
@@ -113,33 +111,7 @@ def with_values(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def step(trainer: Any, batch: dict[str, torch.Tensor]) -> None:
     loss = trainer.compute_loss(trainer.model, dict(batch))
     trainer.accelerator.backward(loss)
-    trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), 1.0)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-
-
-def seconds_of(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
-    on_gpu = batch["completion_ids"].is_cuda
-    clock = time.perf_counter if on_gpu else time.process_time
-    if on_gpu:
-        torch.cuda.synchronize()
-    started = clock()
-    step(trainer, batch)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - started
-
-
-def bytes_of(trainer: Any, batch: dict[str, torch.Tensor]) -> int:
-    if batch["completion_ids"].is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(trainer, batch)
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as counter:
-        step(trainer, batch)
-    return counter.peak
+    update(trainer)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -148,13 +120,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows = make_batch(options, trainers["grpo"])
         batches = {"grpo": rows, "ppo": with_values(rows)}
         names = list(trainers)
+        steps = {name: functools.partial(step, trainers[name], batches[name]) for name in names}
         for name in names:  # the first step makes Adam's moments
-            step(trainers[name], batches[name])
-        memory = {name: bytes_of(trainers[name], batches[name]) for name in names}
+            steps[name]()
+        memory = {name: peak_bytes_of(steps[name], options.device) for name in names}
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(options.repeats):
             for name in names if repeat % 2 else reversed(names):
-                seconds[name].append(seconds_of(trainers[name], batches[name]))
+                seconds[name].append(seconds_of(steps[name], options.device))
         n_parameters = sum(parameter.numel() for parameter in trainers["grpo"].model.parameters())
     pairs = [ppo / grpo for ppo, grpo in zip(seconds["ppo"], seconds["grpo"], strict=True)]
     return {

@@ -153,9 +153,14 @@ class AgentPPOTrainer(AgentGRPOTrainer):
     # -- reading values along with the policy's own forward pass -----------------------------------------------------
 
     @contextmanager
-    def reading(self, width: int) -> Iterator[None]:
+    def reading(self, width: int) -> Iterator[Callable[[int, int], None]]:
         with self.value_head.listen() as heard:
-            yield
+
+            def widen(left: int, right: int) -> None:
+                if heard:
+                    heard[-1] = nn.functional.pad(heard[-1], (left, right))
+
+            yield widen
         if heard:  # not of the reference model, which has no head
             # Value t is that of the state before completion token t is sampled; the last one follows all tokens
             self._readings.append(torch.cat(heard)[:, -width - 1 :])  # (B, T + 1)
