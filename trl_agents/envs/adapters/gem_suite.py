@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .evaluated import UNREADABLE, evaluates, harmless
 from .luck import episode_luck, own_luck
 from .suites import NotMade, how_to_answer, import_suite, joined, unknown_id
 
@@ -95,6 +96,8 @@ class GemEnvironment:
         self._form = _HOW[self.is_game] if how_to_answer is None else how_to_answer
         self.instructions = self._form
         self._luck = self._calls = 0
+        grader = getattr(self.env, "reward_fn", None) if env_id.startswith("rg:") else None
+        self._evaluates = grader is not None and evaluates(grader)
         if self.is_game:
             self.reset(seed=0)
 
@@ -111,6 +114,8 @@ class GemEnvironment:
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self._calls += 1
+        if self._evaluates and action != self.env.data["answer"] and not harmless(action):
+            action = UNREADABLE
         answer = f"\\boxed{{{action}}}"  # GEM reads the innermost, so one that the model wrote does no harm
         if self.is_game:
             with own_luck(self._luck, self._calls):

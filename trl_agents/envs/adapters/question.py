@@ -6,6 +6,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
+from .evaluated import UNREADABLE, evaluates, harmless
 from .luck import episode_luck, own_luck
 from .suites import how_to_answer, import_suite, unknown_id
 
@@ -24,6 +25,9 @@ class ReasoningGymQuestion:
     Any text may be answered, so nothing can be played in place of a missing answer: a reply without one ends the
     episode (or `invalid_action="retry"`). Answers of several lines need a parser of their own, such as
     `ActionParser(r"(?s)<answer>(.*?)</answer>")`, and a `how_to_answer` that asks for it.
+
+    Some datasets' graders evaluate answers as Python. They are given only what is no program and computes nothing
+    that is huge ([`~evaluated.harmless`]); any other answer is unreadable.
 
     Args:
         dataset (`str`):
@@ -46,6 +50,7 @@ class ReasoningGymQuestion:
         self.instructions = _HOW if how_to_answer is None else how_to_answer
         self._entry: dict[str, Any] | None = None
         self.dataset = self._make(0)  # a setting that the dataset does not take fails here
+        self._evaluates = evaluates(self.dataset.score_answer)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         luck = episode_luck(seed)
@@ -72,6 +77,8 @@ class ReasoningGymQuestion:
             raise ValueError(f"reasoning-gym does not take {self.config!r} for {self.name!r}: {error}") from error
 
     def _score(self, answer: str, entry: dict[str, Any]) -> float:
+        if self._evaluates and answer != entry["answer"] and not harmless(answer):
+            answer = UNREADABLE
         try:
             return float(self.dataset.score_answer(answer, entry))
         except Exception:  # some graders raise on answers that they cannot read: those are wrong
