@@ -29,8 +29,8 @@ from scripted import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, _trl
-from trl_agents._trl import check_trl
+from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer
+from trl_agents._trl import check_trl, release
 from trl_agents.batch import rows_of
 from trl_agents.tiny import tiny_model
 from trl_agents.trainers.agent_grpo_trainer import episode_dataset
@@ -759,7 +759,7 @@ def test_a_trl_that_moved_its_methods_is_refused():
 
 
 def test_the_trainer_asks_first(monkeypatch, make_trainer, tmp_path):
-    monkeypatch.setattr(_trl, "SUPPORTED_TRL", SpecifierSet("<1"))
+    monkeypatch.setattr(release, "SUPPORTED_TRL", SpecifierSet("<1"))
     with pytest.raises(ImportError, match="trl-agents works with trl<1"):
         make_trainer()
     assert not (tmp_path / "out").exists()

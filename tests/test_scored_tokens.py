@@ -16,7 +16,8 @@ from scripted import (
 )
 from trl.trainer.utils import split_tensor_dict
 
-from trl_agents import AgentPPOConfig, AgentPPOTrainer, _trl
+from trl_agents import AgentPPOConfig, AgentPPOTrainer
+from trl_agents._trl import RolloutGRPOTrainer, scoring
 from trl_agents.batch import used_columns
 
 
@@ -83,8 +84,8 @@ def test_what_is_left_out_changes_nothing(make_trainer, monkeypatch, kind, conte
     assert all(mask.any(dim=0).all() for mask in watched.masks)
     assert watched.n_labels == 3 * sampled.sum()  # old policy, reference, new policy
     with monkeypatch.context() as patch:
-        patch.setattr(_trl, "used_columns", lambda mask: (0, mask.shape[1]))
-        patch.setattr(_trl.RolloutGRPOTrainer, "_tokens_to_score", lambda self, width: None)
+        patch.setattr(scoring, "used_columns", lambda mask: (0, mask.shape[1]))
+        patch.setattr(RolloutGRPOTrainer, "_tokens_to_score", lambda self, width: None)
         plain_batch, plain_halves, plainly = train(make_trainer(kind, context))
     assert not all(mask.any(dim=0).all() for mask in plainly.masks)
     assert plainly.n_labels == 3 * batch["completion_mask"].sum()

@@ -1,0 +1,43 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""
+THE SEAM: the only package that touches TRL, and TRL's private names.
+
+[`RolloutGRPOTrainer`] turns private methods of `GRPOTrainer` and of its base into public hooks, and says when it is
+imported, not in the middle of a run, that TRL is not the one it knows.
+
+Reading order: release.py, checkpoints.py, scoring.py, rollouts.py; each trainer extends the one before it.
+"""
+
+from .release import (
+    GRPOConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardTrainer,
+    RichProgressCallback,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    UnsupportedTRL,
+    add_fused_lm_head,
+    check_trl,
+    disable_dropout_in_model,
+)
+from .rollouts import RolloutGRPOTrainer, RolloutRows
+
+
+__all__ = [
+    "GRPOConfig",
+    "ModelConfig",
+    "RewardConfig",
+    "RewardTrainer",
+    "RichProgressCallback",
+    "RolloutGRPOTrainer",
+    "RolloutRows",
+    "SFTConfig",
+    "SFTTrainer",
+    "TrlParser",
+    "UnsupportedTRL",
+    "add_fused_lm_head",
+    "check_trl",
+    "disable_dropout_in_model",
+]

@@ -1,0 +1,111 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Which TRL this is: what is imported from it, which of its private members are relied on, and that they are there."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import trl
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+
+# The releases the tests pass on. `pyproject.toml` says the same to pip. On trl 1.15 they cannot: it trains on GPUs
+# alone, its log-probabilities being a Triton kernel without a way round it.
+SUPPORTED_TRL = SpecifierSet(">=1.14,!=1.15.*,<1.17")
+INSTALL = f'Install it with `pip install "trl{SUPPORTED_TRL}"`.'
+
+
+class UnsupportedTRL(ImportError, ValueError):
+    """The installed TRL is not one this package was tested with."""
+
+
+def check_trl_version(version: str) -> None:
+    """Raises [`UnsupportedTRL`] unless `version` is one that this package was tested with."""
+    if not SUPPORTED_TRL.contains(Version(version), prereleases=True):
+        raise UnsupportedTRL(f"trl-agents works with trl{SUPPORTED_TRL}, but trl {version} is installed. {INSTALL}")
+
+
+check_trl_version(trl.__version__)  # before anything is imported from TRL that another release may lack
+
+from trl import (  # noqa: E402
+    GRPOConfig,
+    GRPOTrainer,
+    ModelConfig,
+    RewardConfig,
+    RewardTrainer,
+    RichProgressCallback,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+)
+from trl.models import unwrap_model_for_generation  # noqa: E402
+from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, split_tensor_dict  # noqa: E402
+
+
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # trl 1.14
+
+    def add_fused_lm_head(model: Any, **kwargs: Any) -> None:
+        """Nothing: this release makes whole logits."""
+
+
+# Private members the seam relies on, and the parameters they are called with.
+SEAM = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_generate": ("self", "prompts"),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_save": ("self", "output_dir", "state_dict"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_get_output_dir": ("self", "trial"),
+    "_get_train_sampler": ("self", "dataset"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_best_model": ("self",),
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
+    "_finish_current_push": ("self",),
+}
+# Likewise, of which only the first parameters are relied on, in any of these forms.
+SEAM_PREFIXES = {
+    "_get_per_token_logps_and_entropies": (
+        ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
+        ("self", "model", "args", "batch_size"),  # trl 1.14 hands the first three on as they come
+    ),
+}
+
+
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "ModelConfig",
+    "RewardConfig",
+    "RewardTrainer",
+    "RichProgressCallback",
+    "SFTConfig",
+    "SFTTrainer",
+    "TrlParser",
+    "UnsupportedTRL",
+    "add_fused_lm_head",
+    "check_trl",
+    "disable_dropout_in_model",
+    "shuffle_sequence_dict",
+    "split_tensor_dict",
+    "unwrap_model_for_generation",
+]
+
+
+def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
+    """Raises [`UnsupportedTRL`] if the installed TRL is not one this package was tested with."""
+    check_trl_version(version)
+    known = {name: (parameters,) for name, parameters in SEAM.items()} | SEAM_PREFIXES
+    for name, forms in known.items():
+        method = getattr(trainer_class, name, None)
+        found = tuple(inspect.signature(method).parameters) if method is not None else ()
+        starts = [found[: len(form)] if name in SEAM_PREFIXES else found for form in forms]
+        if not any(start == form for start, form in zip(starts, forms, strict=True)):
+            raise UnsupportedTRL(
+                f"trl {version} has moved `{trainer_class.__name__}.{name}`, which trl-agents builds on (expected the "
+                f"parameters {' or '.join(map(str, forms))}, found {found}). {INSTALL}"
+            )
