@@ -153,6 +153,8 @@ def test_free_text_goes_to_the_game(textarena):
         ("Nim-v0", {"opponent": "perfect"}, "opponent='perfect' is unknown"),
         ("Nim-v0", {"seat": 2}, "seat=2: Nim-v0 has the players 0 to 1"),
         ("Nim-v0", {"pile": [1]}, "does not take env_kwargs"),
+        ("Nim-v0", {"num_players": 5}, "num_players=5: Nim-v0 says: The number of players has to be 2"),
+        ("Nim-v0", {"legal_actions": ["0 1"]}, r"legal_actions=\['0 1'\]: give a function"),
         ("Chopsticks-v0", {}, "there is no random opponent. Pass opponent="),
     ],
 )
@@ -224,6 +226,8 @@ def test_gem_s_data_does_not_change_with_age(gem):
 def test_mistakes_in_gem(gem):
     with pytest.raises(ValueError, match="GEM has no environment .*Did you mean .*'game:GuessTheNumber-v0-easy'"):
         make_env("gem:game:GuessTheNumber-v0")
+    with pytest.raises(ValueError, match="legal_actions=..1... give a function"):
+        make_env("gem:game:GuessTheNumber-v0-easy", legal_actions=["1"])
 
 
 def test_importing_gem_leaves_logging_alone(gem):

@@ -10,7 +10,7 @@ from typing import Any
 
 from .evaluated import UNREADABLE, evaluates, harmless
 from .luck import episode_luck, own_luck
-from .suites import NotMade, how_to_answer, import_suite, joined, unknown_id
+from .suites import NotMade, check_lists_moves, how_to_answer, import_suite, joined, unknown_id
 
 
 _MOST_CODES = 500  # beyond that, a list of codes says less than the rules do
@@ -82,6 +82,7 @@ class GemEnvironment:
         how_to_answer: str | None = None,
         **kwargs: Any,
     ):
+        check_lists_moves(legal_actions)
         gem = import_suite("gem")
         registry = import_suite("gem.envs.registration").ENV_REGISTRY
         if env_id not in registry:

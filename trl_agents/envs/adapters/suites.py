@@ -51,6 +51,15 @@ class NotMade(ValueError):
         super().__init__(f"{suite} did not make {name!r}: {reason}")
 
 
+def check_lists_moves(legal_actions: Any) -> None:
+    """A list does not do: moves change as a game goes on."""
+    if legal_actions is not None and not callable(legal_actions):
+        raise ValueError(
+            f"legal_actions={legal_actions!r}: give a function that lists the moves, called with the suite's "
+            "environment before each of them."
+        )
+
+
 def how_to_answer(what: str) -> str:
     """The last line of instructions, in the form that [`ActionParser`] reads by default."""
     return f"Think step by step, keep it SHORT, and always end with ACTION=X, where X is {what}."

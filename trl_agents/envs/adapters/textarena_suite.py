@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .luck import episode_luck, own_luck
-from .suites import NotMade, how_to_answer, import_suite, joined, unknown_id
+from .suites import NotMade, check_lists_moves, how_to_answer, import_suite, joined, unknown_id
 
 
 # "Available Moves: '[0]', '[1]'", as many games write it beside the board.
@@ -95,6 +95,7 @@ class TextArenaGame:
                 f"opponent={opponent!r} is unknown. Use 'random', a player `(observation, legal_actions, rng) -> "
                 "action`, or a function of the observation alone."
             )
+        check_lists_moves(legal_actions)
         self._form = _HOW if how_to_answer is None else how_to_answer
         self.opponent, self.seat, self._legal = opponent, seat, legal_actions
         self._opponent_reads_all = opponent != "random" and _n_arguments(opponent) == 1
@@ -165,7 +166,10 @@ class TextArenaGame:
             self.game = self.env
             while isinstance(self.game, self._textarena.Wrapper):
                 self.game = self.game.env
-            self.env.reset(num_players=num_players, seed=luck)
+            try:
+                self.env.reset(num_players=num_players, seed=luck)
+            except AssertionError as error:
+                raise ValueError(f"num_players={num_players!r}: {self._name} says: {error}") from error
 
     def _fewest_players(self) -> int:
         problem = None
