@@ -118,6 +118,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         test = test.select(range(min(args.num_eval, len(test))))
         letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
         grading = Grading(args.style, choice=letters, partial=0.0)
+        grading.check_answers(train["answer"])
 
     load = functools.partial(load_model, device=training_args.device)
     dtype = model_args.dtype or "auto"

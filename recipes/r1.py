@@ -84,6 +84,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     corpus = mixed_corpus(given, script_args.base_tagged, script_args.base_direct, training_args.seed)
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = {"choice": letters, "partial": 0.0}
+    Grading(**grading).check_answers(train["answer"])
     rewards = [Grading(**grading).reward, think_answer_format_reward]  # both weigh 1
     sft_settings = {"learning_rate": script_args.sft_learning_rate, "batch_size": script_args.sft_batch_size}
     fit = functools.partial(fine_tune, batch_size=script_args.sft_batch_size, **machine_settings(training_args))

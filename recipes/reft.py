@@ -100,6 +100,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     train, test = (prompt_completion(script_args.load(split), script_args.style) for split in ("train", "test"))
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
+    grading.check_answers(train["answer"])
     sft_settings = {
         "learning_rate": script_args.sft_learning_rate,
         "batch_size": script_args.sft_batch_size,

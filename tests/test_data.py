@@ -296,7 +296,12 @@ class TestFiles:
         ("name", "text", "match"),
         [
             ("rows.json", '[{"prompt": "Q", "reply": "A"}]', r"\['prompt', 'reply'\].*SVAMP: Answer, Body, Question"),
-            ("rows.json", "[]", "Known schemas"),
+            ("rows.json", "[]", "rows.json has no row"),
+            ("rows.csv", "question,answer\n", "rows.csv has no row"),
+            ("rows.jsonl", "", "rows.jsonl has no row"),
+            ("rows.parquet", "", "rows.parquet cannot be read"),
+            ("rows.csv", b"question,answer\nQ\xe9,5\n", "rows.csv cannot be read: .*utf-8"),
+            ("rows.jsonl", f'{{"question": "Q", "answer": {"9" * 5000}}}', "rows.jsonl cannot be read"),
             ("rows.json", '[{"question": "Q", "answer": null}]', "no usable row. 1: `answer` is missing"),
             ("rows.jsonl", '{"question": "Q", "answer"', "neither a list of objects nor an object a line"),
             ("rows.jsonl", "3\n4", "other things than objects"),
@@ -305,7 +310,7 @@ class TestFiles:
         ],
     )
     def test_bad_files(self, tmp_path, name, text, match):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=match):
             load_questions(tmp_path / name)
 

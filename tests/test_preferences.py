@@ -209,6 +209,24 @@ def test_files_that_do_not_fit(tmp_path, rows, arguments, said):
         PreferenceArguments(dataset=path, **arguments).load()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b""),
+        ("rows.csv", b""),
+        ("rows.csv", b"prompt,chosen,rejected\n"),
+        ("rows.json", b"{"),
+        ("rows.parquet", b"\0"),
+        ("rows.csv", b"prompt,chosen,rejected\nQ\xe9,a,b\n"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' (cannot be read|has no row)"):
+        PreferenceArguments(dataset=str(path), test_dataset=str(path)).load()
+
+
 def test_unknown_settings_of_the_generator():
     with pytest.raises(ValueError, match="nois is unknown"):
         PreferenceArguments(dataset_kwargs={"nois": 1.0}).load()

@@ -2,6 +2,7 @@
 """Models answer questions: in order, side by side or alone, the same each time; votes, scores, self-training rows."""
 
 import json
+import warnings
 from collections import deque
 
 import pytest
@@ -228,6 +229,16 @@ class TestChoosing:
 
 
 class TestGrading:
+    def test_correct_answers_that_cannot_be_read(self):
+        with pytest.warns(UserWarning, match="2 of 3 correct answers are no number, 'Paris' among them"):
+            Grading().check_answers(["5", "Paris", "inf"])
+        with pytest.raises(ValueError, match="1 of 1 correct answers are no letter, '42'"):
+            Grading(choice=True).check_answers(["42"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Grading().check_answers(["5", "1,234", "3/4"])
+            Grading(choice=True).check_answers(["c", "(C)"])
+
     ANSWER = "So.\nTherefore, the answer is: {}".format
 
     @pytest.mark.parametrize(
@@ -238,6 +249,8 @@ class TestGrading:
             (Grading(), "nothing", None, "4", False),
             (Grading(choice=True), ANSWER("(C)"), "c", "c", True),
             (Grading(choice=True), ANSWER("b"), "b", "c", False),
+            (Grading(choice=True), ANSWER("b"), "b", "(B) 12", True),
+            (Grading(choice=True), ANSWER("b"), "b", "", False),
         ],
     )
     def test_reads_and_judges(self, grading, text, read, gold, right):

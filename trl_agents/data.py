@@ -312,7 +312,12 @@ def load_questions(name: str | Path, split: str = "train", *, numeric: bool = Fa
         if path.suffix not in _READERS:
             known = ", ".join([*_HUB, "math_qa_numeric", "arithmetic"])
             raise ValueError(f"{str(name)!r} is unknown: choose one of {known}, or a file ({', '.join(_READERS)}).")
-        rows = _READERS[path.suffix](path)
+        try:
+            rows = _READERS[path.suffix](path)
+        except (ValueError, csv.Error) as error:  # not text, or not what its name says
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if not rows:
+            raise ValueError(f"{path} has no row.")
         convert = _converter_of(rows, str(name))
     if numeric and convert is not from_math_qa:
         raise ValueError(f"`numeric=True` is for the options of MathQA, and {str(name)!r} has none.")
@@ -337,9 +342,9 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
         # Not `splitlines`: JSON's texts may hold other ends of lines as they are, such as U+2028
         rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is neither a list of objects nor an object a line: {error}") from error
+        raise ValueError(f"neither a list of objects nor an object a line: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} holds other things than objects.")
+        raise ValueError("it holds other things than objects.")
     return rows
 
 

@@ -321,7 +321,14 @@ def _load(name: str, split: str, columns: Sequence[str]) -> Dataset:
     builder = _BUILDERS.get(Path(name).suffix)
     if builder is not None and not Path(name).exists():
         raise ValueError(f"There is no file {name!r}.")
-    rows = load_dataset(builder, data_files=name, split="train") if builder else load_dataset(name, split=split)
+    if builder is None:
+        rows = load_dataset(name, split=split)
+    else:
+        try:
+            rows = load_dataset(builder, data_files=name, split="train")
+        except Exception as error:  # `StopIteration` of an empty file, and what not
+            why = error.__cause__ or error
+            raise ValueError(f"{name!r} cannot be read, or has no row: {type(why).__name__} {why}") from error
     if missing := [column for column in columns if column not in rows.column_names]:
         raise ValueError(
             f"{name!r} needs the columns {list(columns)}: {missing} are missing among {rows.column_names}."

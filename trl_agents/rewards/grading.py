@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .answers import find_number, numbers_equal
-from .choice import find_choice, get_choice_reward
+from .choice import find_choice, get_choice_reward, gold_choice
 from .numeric import get_numeric_reward, gold_number
 
 
@@ -47,6 +48,20 @@ class Grading:
             return get_program_reward(partial=0.0 if self.choice else self.partial, multiple_choice=self.choice)
         return get_choice_reward() if self.choice else get_numeric_reward(partial=self.partial)
 
+    def check_answers(self, answers: Sequence[str]) -> None:
+        """
+        Tells of correct answers that cannot be read, to which no answer is ever right: a warning, or a `ValueError` if
+        there are no others.
+        """
+        unread = [answer for answer in answers if (gold_choice if self.choice else gold_number)(answer) is None]
+        if not unread:
+            return
+        told = f"{len(unread)} of {len(answers)} correct answers are no {'letter' if self.choice else 'number'}"
+        told = f"{told}, {unread[0]!r} among them: leave such rows out."
+        if len(unread) == len(answers):
+            raise ValueError(told)
+        warnings.warn(told, stacklevel=2)
+
     def read(self, completions: Sequence[str], prompts: Sequence[str]) -> list[float | str | None]:
         """
         The answer that each completion gives; None for none.
@@ -74,6 +89,7 @@ class Grading:
         if read is None:
             return False
         if self.choice:
-            return read == answer.strip().lower()
+            letter = gold_choice(answer)
+            return letter is not None and read == letter.lower()
         gold = gold_number(answer)
         return gold is not None and numbers_equal(read, gold)
