@@ -54,6 +54,13 @@ class Moody(Nonce):
         return super().step(action)
 
 
+class MoodyAlone(Moody):
+    """Moody in a process of its own, where the shared moods would begin anew, and always with the same crash."""
+
+    def __init__(self):
+        self.moods = random.Random(os.getpid())
+
+
 class Doomed(Nonce):
     """
     Has a helper, a process that never ends by itself and whose number is noted in `folder`. Then its seed says what

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from fault_checks import ALL, check_nonce, echo, env_threads, wait_until
-from faulty_env import Doomed, Moody, Nonce
+from faulty_env import Doomed, Moody, MoodyAlone, Nonce
 from scripted_rollout import Scripted, Steps, go, play, tokenizer
 
 from trl_agents.actions import ActionParser
@@ -228,7 +228,7 @@ class Brief(Moody):
 )
 def test_no_leak(n_rollouts, processes):
     threads = env_threads()
-    factory = Moody if processes else Brief
+    factory = MoodyAlone if processes else Brief
     timeouts = {"timeout": 0.3, "reset_timeout": 30} if processes else {"timeout": 0.05}
     pool = EnvPool(factory, 4, processes=processes, **timeouts)
     player = Player(pool, Scripted(echo), ChatContext(tokenizer()), ActionParser(), Briefing("Play."), Rules())
