@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 
 
 COLOURS = {"trl": "tab:orange", "lockstep": "tab:green", "ours": "tab:blue", "stop": "tab:purple", "floor": "tab:gray"}
-VARIED_ROUNDS = 4  # episodes for each place, where their lengths vary: with one nothing would be refilled
+VARIED_ROUNDS = 8  # episodes for each place, where their lengths vary: with one nothing would be refilled
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------

@@ -29,11 +29,12 @@ GROUPED, PACKED = "trl_agents_grouped", "trl_agents_packed"
 CALL_BYTES = {"cpu": 3e5, "cuda": 1e8}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segment:
     """
     Tokens of one packed pass that attend together: `n` of each row of the cache from `first` to before `last`, which
-    look at the columns before `columns`, where `mask` of shape `(rows, 1, n, columns)` allows it (None: at all).
+    look at the columns before `columns`, where `mask` of shape `(rows, 1, n, columns)`, or `(1, 1, n, columns)` if it
+    is the same for all, allows it (None: everywhere).
     """
 
     tokens: slice
@@ -42,6 +43,14 @@ class Segment:
     n: int
     columns: int
     mask: torch.Tensor | None = None
+    bias: torch.Tensor | None = None  # the mask as all layers add it
+
+    def as_bias(self, groups: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores of `groups` heads one after the other, `(rows, 1, groups * n, columns)`."""
+        if self.mask is not None and self.bias is None:
+            zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+            self.bias = zeros.masked_fill_(~self.mask, -torch.inf).repeat(1, 1, groups if self.n > 1 else 1, 1)
+        return self.bias
 
 
 @dataclass(slots=True)
@@ -92,7 +101,8 @@ def grouped_attention(
     n, groups = query.shape[2], query.shape[1] // key.shape[1]
     if groups == 1 or n == 1 or attention_mask is None or attention_mask.shape[1] > 1 or position_bias is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, position_bias=position_bias, **kwargs)
-    return _attend(query, key, value, attention_mask, **kwargs), None
+    mask = attention_mask.repeat(1, 1, groups, 1)  # (b, 1, groups * n, columns)
+    return _attend(query, key, value, mask, **kwargs), None
 
 
 def _attend(
@@ -100,8 +110,6 @@ def _attend(
 ) -> torch.Tensor:
     (batch, heads, n, _), groups = query.shape, query.shape[1] // key.shape[1]
     query = query.reshape(batch, key.shape[1], groups * n, -1)
-    if mask is not None and n > 1:
-        mask = mask.repeat(1, 1, groups, 1)  # (b, 1, groups * n, columns)
     # The stand-in for the module knows of no groups, so nothing is repeated
     output, _ = sdpa_attention_forward(SimpleNamespace(is_causal=False), query, key, value, mask, **kwargs)
     return output.transpose(1, 2).reshape(batch, heads, n, -1).transpose(1, 2).contiguous()
@@ -122,12 +130,13 @@ def packed_attention(
     if kwargs.pop("position_bias", None) is not None:
         raise NotImplementedError("attention with a bias that depends on positions")
     kwargs["is_causal"] = False
-    outputs = []
+    groups, outputs = query.shape[1] // key.shape[1], []
     for segment in _segments.get():
         rows = slice(segment.first, segment.last)
         own = query[0, :, segment.tokens].unflatten(1, (-1, segment.n)).transpose(0, 1)  # (rows, heads, n, head_dim)
         columns = slice(segment.columns)
-        output = _attend(own, key[rows, :, columns], value[rows, :, columns], segment.mask, **kwargs)
+        bias = segment.as_bias(groups, query.dtype)
+        output = _attend(own, key[rows, :, columns], value[rows, :, columns], bias, **kwargs)
         outputs.append(output.flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 

@@ -118,7 +118,8 @@ class SlotModel:
                 allowed.append(seen)
             mask = None
             if span.n > 1 or any(seen[0] != span.columns - 1 for seen in allowed):
-                upto = torch.tensor(allowed, device=self.device)[:, None, :, None]  # (rows, 1, n, 1)
+                allowed = allowed[:1] if all(seen == allowed[0] for seen in allowed) else allowed
+                upto = torch.tensor(allowed, device=self.device)[:, None, :, None]  # (rows or 1, 1, n, 1)
                 mask = torch.arange(span.columns, device=self.device) <= upto
             segments.append(Segment(slice(begin, len(ids)), span.first, span.last, span.n, span.columns, mask))
         used = max(columns) + 1
