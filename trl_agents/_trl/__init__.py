@@ -8,7 +8,13 @@ imported, not in the middle of a run, that TRL is not the one it knows.
 Reading order: release.py, checkpoints.py, scoring.py, rollouts.py; each trainer extends the one before it.
 """
 
-from .release import (
+from typing import Any
+
+from .release import UnsupportedTRL, check_trl  # refuses other releases before anything is imported that they may lack
+
+
+# isort: split
+from trl import (
     GRPOConfig,
     ModelConfig,
     RewardConfig,
@@ -17,12 +23,18 @@ from .release import (
     SFTConfig,
     SFTTrainer,
     TrlParser,
-    UnsupportedTRL,
-    add_fused_lm_head,
-    check_trl,
-    disable_dropout_in_model,
 )
+from trl.trainer.utils import disable_dropout_in_model
+
 from .rollouts import RolloutGRPOTrainer, RolloutRows
+
+
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # trl 1.14
+
+    def add_fused_lm_head(model: Any, **kwargs: Any) -> None:
+        """Nothing: this release makes whole logits."""
 
 
 __all__ = [

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOTrainer
 
 from ..checkpoints import STATE_FILE, UNFINISHED, clear_unfinished, put_in_place, told_if_refused
-from .release import GRPOTrainer
 
 
 class CheckpointedGRPOTrainer(GRPOTrainer):

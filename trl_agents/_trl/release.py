@@ -1,10 +1,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""Which TRL this is: what is imported from it, which of its private members are relied on, and that they are there."""
+"""Which TRL this is, and that the private members which the seam relies on are there."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import trl
 from packaging.specifiers import SpecifierSet
@@ -29,27 +28,7 @@ def check_trl_version(version: str) -> None:
 
 check_trl_version(trl.__version__)  # before anything is imported from TRL that another release may lack
 
-from trl import (  # noqa: E402
-    GRPOConfig,
-    GRPOTrainer,
-    ModelConfig,
-    RewardConfig,
-    RewardTrainer,
-    RichProgressCallback,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-)
-from trl.models import unwrap_model_for_generation  # noqa: E402
-from trl.trainer.utils import disable_dropout_in_model, shuffle_sequence_dict, split_tensor_dict  # noqa: E402
-
-
-try:
-    from trl.trainer.utils import add_fused_lm_head
-except ImportError:  # trl 1.14
-
-    def add_fused_lm_head(model: Any, **kwargs: Any) -> None:
-        """Nothing: this release makes whole logits."""
+from trl import GRPOTrainer  # noqa: E402
 
 
 # Private members the seam relies on, and the parameters they are called with.
@@ -74,26 +53,6 @@ SEAM_PREFIXES = {
         ("self", "model", "args", "batch_size"),  # trl 1.14 hands the first three on as they come
     ),
 }
-
-
-__all__ = [
-    "GRPOConfig",
-    "GRPOTrainer",
-    "ModelConfig",
-    "RewardConfig",
-    "RewardTrainer",
-    "RichProgressCallback",
-    "SFTConfig",
-    "SFTTrainer",
-    "TrlParser",
-    "UnsupportedTRL",
-    "add_fused_lm_head",
-    "check_trl",
-    "disable_dropout_in_model",
-    "shuffle_sequence_dict",
-    "split_tensor_dict",
-    "unwrap_model_for_generation",
-]
 
 
 def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from ..batch import NO_TURN, Row, pad_turn_index, sum_by_episode
 from ..fsdp import sharded_modules, unsharded
 from ..rollout.generation import BatchBackend, Reply
-from .release import GRPOTrainer, shuffle_sequence_dict, split_tensor_dict, unwrap_model_for_generation
 from .scoring import ScoringGRPOTrainer
 
 

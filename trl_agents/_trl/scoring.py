@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from trl import GRPOTrainer
 
 from ..batch import used_columns
 from .checkpoints import CheckpointedGRPOTrainer
-from .release import GRPOTrainer
 
 
 class ScoringGRPOTrainer(CheckpointedGRPOTrainer):
