@@ -11,7 +11,7 @@ import trl
 
 
 # What stands on the seam: both trainers, what is asked before them, SFT and reward models inside recipes
-TESTS = ["test_agent_grpo_trainer.py", "test_agent_ppo_trainer.py", "test_checks.py", "test_reward_model.py"]
+TESTS = ["test_agent_grpo_trainer.py", "ppo", "test_checks.py", "test_reward_model.py"]
 TESTS += ["test_r1.py", "test_expert_iteration.py"]
 
 
