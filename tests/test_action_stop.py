@@ -98,6 +98,17 @@ class TestPlaying:
         assert tokenizer().eos_token_id not in first.action_ids
         assert second.input_ids.count(tokenizer().eos_token_id) == 1 + third.input_ids.count(tokenizer().eos_token_id)
 
+    def test_the_whole_reply_has_the_last_word(self):
+        """Its end alone states an action, by a pattern that looks at its beginning too."""
+        parser = ActionParser(r"(?s)\A(?!NO).*ACTION=(\w+)\b", template="ACTION={action}")
+        for start, cut in (("NO. ", False), ("", True)):
+            text = f"{start}{'I think so. ' * 40}ACTION=go and then more"
+            (episode,) = play(
+                Steps, Letters(lambda prompt, text=text: text), [Episode(1)], parser=parser, action_stop=True,
+                max_new_tokens=2000,
+            )  # fmt: skip
+            assert (len(episode.turns[0].text) < len(text)) is cut
+
     def test_off_by_default(self):
         (episode,) = play(Steps, Letters(lambda prompt: "ACTION=go and ACTION=stop"), [Episode(1)])
         assert episode.turns[0].text == "ACTION=go and ACTION=stop" and episode.turns[0].executed == "stop"

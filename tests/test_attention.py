@@ -101,3 +101,13 @@ class TestSpans:
         expected = torch.stack([model(torch.tensor([row])).logits[0, -1] for row in rows])
         for logits in found:
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_copied_row_between_others_keeps_what_it_was_given(self):
+        model = qwen3()
+        slots = SlotModel(model, 3, packs=True)
+        short, long = [5, 6], [7, 8, 9, 10, 11, 12]
+        slots.read([0, 1, 2], [long, short, long], [0, 0, 0])
+        slots.copy(0, [1], len(long))
+        slots.read([0, 2], [[13], [14]], [len(long)] * 2)  # one call, which reads something in row 1 as well
+        found = slots.read([1], [[15]], [len(long)])
+        torch.testing.assert_close(found, model(torch.tensor([[*long, 15]])).logits[:, -1], rtol=1e-4, atol=1e-5)

@@ -451,20 +451,28 @@ class TestPlaces:
         trajectories = play(Slow, go, [Episode(100), Episode(4), Episode(5)], n_slots=3)
         assert [trajectory.stop for trajectory in trajectories] == [StopReason.TERMINATED] * 3
 
-    @pytest.mark.parametrize("seconds, expected", [(0.0, 0.02), (0.05, 0.0)])
-    def test_only_fast_environments_are_waited_for(self, seconds, expected):
+    @pytest.mark.parametrize(
+        "reset_seconds, step_seconds, lengths, expected",
+        [(0.0, 0.0, (3, 5), 0.02), (0.0, 0.05, (3, 5), 0.0), (0.05, 0.0, (1, 1), 0.02)],
+        ids=["fast", "slow", "slow to reset"],
+    )
+    def test_only_fast_environments_are_waited_for(self, reset_seconds, step_seconds, lengths, expected):
         class Pool(EnvPool):
             def collect(self, patience, block):
                 self.patience = patience
                 return super().collect(patience, block)
 
         class Slow(Steps):
+            def reset(self, **kwargs):
+                time.sleep(reset_seconds)
+                return super().reset(**kwargs)
+
             def step(self, action):
-                time.sleep(seconds)
+                time.sleep(step_seconds)
                 return super().step(action)
 
         pool = Pool(Slow, 2)
-        play(Slow, go, [Episode(3), Episode(5)], pool=pool)
+        play(Slow, go, [Episode(length) for length in lengths], pool=pool)
         pool.close()
         assert pool.patience == expected
 
