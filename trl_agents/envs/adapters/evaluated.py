@@ -20,6 +20,8 @@ UNREADABLE = "?"  # what a grader is given instead
 _EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 _MOST_CHARACTERS, _MOST_BITS = 2000, 10_000
 _HUGE_FLOAT = re.compile(r"[eE][+-]?[\d_]{4}")
+# Where there is a "!", `1 != f()` and `f"{f()!r}"` are Python, and `5! != f()` is to sympy: nothing that could run
+_BESIDE_FACTORIALS = re.compile(r"""\(|!=|[fF][rR]?["']|[rR][fF]["']""")
 _GROWING = {"exp", "sinh", "cosh"}
 _FUNCTIONS = {"sqrt", "log", "ln", "Abs", "abs", "Rational", "sign", *_GROWING} | {
     f"{prefix}{name}{suffix}"
@@ -40,6 +42,8 @@ def evaluates(grader: Callable[..., Any]) -> bool:
 def harmless(answer: str) -> bool:
     """Whether `answer` is no Python, or numbers, symbols, usual functions and lists of them, of moderate size."""
     if len(answer) > _MOST_CHARACTERS or _HUGE_FLOAT.search(answer):
+        return False
+    if "!" in answer and _BESIDE_FACTORIALS.search(answer):
         return False
     try:
         # To sympy 5! is a call
