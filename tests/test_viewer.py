@@ -230,6 +230,8 @@ def rows(browser):
 
 
 def text_of(browser, selector):
+    """What a person reads. A turn has no such text until the frame that first shows it (`content-visibility`)."""
+    browser.run("new Promise((shown) => requestAnimationFrame(() => requestAnimationFrame(() => shown())))")
     return browser.run(f"[...document.querySelectorAll('{selector}')].map((one) => one.innerText).join('|')")
 
 
