@@ -17,13 +17,12 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-from trl_agents.checkpoints import last_checkpoint
 from trl_agents.lora import StageAdapters
-from trl_agents.plots import plot_learning_curve
 from trl_agents.preferences import PreferenceArguments
 from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
+from trl_agents.stages import train_and_save
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "dpo_tiny.yaml"
@@ -41,6 +40,8 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters)
 
+    curves = {"learning_curve.png": ("rewards/accuracies", "pairs told right")}
+
     def dpo(folder):
         trainer = DPOTrainer(
             str(beginning.sft),
@@ -49,13 +50,7 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
             processing_class=AutoTokenizer.from_pretrained(beginning.sft, padding_side="left"),
             **adapters.trainer,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        trainer.save_model(folder)
-        trainer.create_model_card()
-        adapters.merge(beginning.sft, folder)
-        if trainer.is_world_process_zero():
-            history, metric = trainer.state.log_history, "rewards/accuracies"
-            plot_learning_curve(history, folder.parent / "dpo_curve.png", metric, "pairs told right")
+        train_and_save(trainer, folder, start=beginning.sft, adapters=adapters, curves=curves)
 
     keep = {**beginning.settings, **trainer_settings(training_args)}
     trained = {"sft": beginning.sft, "dpo": beginning.stages.run("dpo", dpo, **keep)}

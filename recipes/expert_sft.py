@@ -14,7 +14,7 @@ knows nothing. A stage that is done is not trained again. recipes/README.md says
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
@@ -24,50 +24,47 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import make_agent
-from trl_agents.checkpoints import last_checkpoint
 from trl_agents.diagnostics.greediness import suffix_failure
 from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, interval, play_agents, summarize
 from trl_agents.expert_data import FORMS, agreement, expert_dataset, expert_seeds
 from trl_agents.experts import Expert, make_expert
-from trl_agents.plots import plot_learning_curve, plot_regret
+from trl_agents.plots import plot_regret
 from trl_agents.questions import load_model
-from trl_agents.recipe import as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import argument, as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
-from trl_agents.stages import Stages, stage_config
+from trl_agents.stages import Stages, stage_config, train_and_save
 from trl_agents.tiny import save_tiny_start
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "expert_sft_tiny.yaml"
 
 
-def told(default, text, **more):
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **more})
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass
 class ScriptArguments:
     """Arguments of the recipe. How the model plays and how the RL fine-tuning goes is said by AgentGRPOConfig's."""
 
-    env_id: str = told("trl_agents/Bandit-v0", "Id of the environment.")
-    action_pattern: str | None = told(None, "Regular expression that finds the action. Default: ACTION=X.")
-    expert: str = told("ucb", "Who is cloned: ucb, linucb, minimax, or for the behaviour alone any scripted player.")
-    expert_kwargs: dict | str | None = told(None, "Its settings, as JSON.")
-    forms: list[str] = told(list(FORMS), "What is cloned.", choices=list(FORMS))
-    num_episodes: int = told(4000, "The expert's episodes to learn from.")
-    num_thought_episodes: int | None = told(None, "The same of thought cloning. Default: num_episodes.")
-    behaviour_tokens: int = told(16, "Token budget of a reply without a thought; max_completion_length is of others.")
-    sft_epochs: float = told(1.0, "Times through the expert's episodes.")
-    sft_learning_rate: float = told(1e-5, "Peak of the learning rate.")
-    sft_batch_size: int = told(32, "Rows a step, over all processes: episodes in a chat, turns in a window.")
-    sft_kwargs: dict | str | None = told(None, "Other arguments of SFTConfig, as JSON.")
-    rlft_steps: int = told(0, "Updates of RL fine-tuning that follow. 0: none.")
-    rlft_forms: list[str] = told(list(FORMS), "The clones it is done with.", choices=list(FORMS))
-    players: list[str] = told(["random"], "Scripted players to compare with.")
-    num_eval_episodes: int = told(256, "Held-out episodes.")
-    phrases: list[str] = told([], "Texts that are one token each of a model made on the spot.")
+    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment.")
+    action_pattern: str | None = argument(None, "Regular expression that finds the action. Default: ACTION=X.")
+    expert: str = argument(
+        "ucb", "Who is cloned: ucb, linucb, minimax, or for the behaviour alone any scripted player."
+    )
+    expert_kwargs: dict | str | None = argument(None, "Its settings, as JSON.")
+    forms: list[str] = argument(list(FORMS), "What is cloned.", choices=list(FORMS))
+    num_episodes: int = argument(4000, "The expert's episodes to learn from.")
+    num_thought_episodes: int | None = argument(None, "The same of thought cloning. Default: num_episodes.")
+    behaviour_tokens: int = argument(
+        16, "Token budget of a reply without a thought; max_completion_length is of others."
+    )
+    sft_epochs: float = argument(1.0, "Times through the expert's episodes.")
+    sft_learning_rate: float = argument(1e-5, "Peak of the learning rate.")
+    sft_batch_size: int = argument(32, "Rows a step, over all processes: episodes in a chat, turns in a window.")
+    sft_kwargs: dict | str | None = argument(None, "Other arguments of SFTConfig, as JSON.")
+    rlft_steps: int = argument(0, "Updates of RL fine-tuning that follow. 0: none.")
+    rlft_forms: list[str] = argument(list(FORMS), "The clones it is done with.", choices=list(FORMS))
+    players: list[str] = argument(["random"], "Scripted players to compare with.")
+    num_eval_episodes: int = argument(256, "Held-out episodes.")
+    phrases: list[str] = argument([], "Texts that are one token each of a model made on the spot.")
 
 
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
@@ -120,10 +117,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         config = stage_config(SFTConfig, folder, len(rows), seed=seed, **pace, **sft_kwargs)
         model = load_model(first, dtype="float32", **loading)[0]
         trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        trainer.save_model(str(folder))
-        trainer.create_model_card()
-        trainer.accelerator.wait_for_everyone()
+        train_and_save(trainer, folder)
 
     def fine_tune(folder, form):
         own = {"env_kwargs": env_kwargs[form], "max_steps": args.rlft_steps}
@@ -135,12 +129,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             action_parser=parser,
             processing_class=AutoTokenizer.from_pretrained(folders[form], padding_side="left"),
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        trainer.save_model(folder)
-        trainer.close_environments()
-        trainer.create_model_card()
-        if trainer.is_world_process_zero():
-            plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
+        train_and_save(trainer, folder, curves={"learning_curve.png": ()})
 
     data = [args.env_id, training_args.env_kwargs, args.expert, as_settings(args.expert_kwargs), reading]
     stages = Stages(output_dir, model=model_args.model_name_or_path, data=data, seed=seed)

@@ -12,7 +12,7 @@ expect.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -20,15 +20,13 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import GreedyAgent
-from trl_agents.checkpoints import last_checkpoint
 from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.lora import StageAdapters
-from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import argument, check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
-from trl_agents.stages import Stages
+from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import make_tiny_model
 
 
@@ -40,19 +38,15 @@ MEASURES = ("coverage", "regret", "invalid_rate")
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env_id: str = field(default="trl_agents/Bandit-v0", metadata={"help": "Id of the environment."})
-    mechanisms: list[str] = field(
-        default_factory=lambda: ["none", "try_all", "epsilon_greedy=0.1"],
-        metadata={"help": "What to compare: none, or as for `exploration`; + joins several, try_all+context_summary."},
+    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment.")
+    mechanisms: list[str] = argument(
+        ["none", "try_all", "epsilon_greedy=0.1"],
+        "What to compare: none, or as for `exploration`; + joins several, try_all+context_summary.",
     )
-    players: list[str] = field(
-        default_factory=lambda: ["random", "ucb"], metadata={"help": "Scripted players to compare with."}
-    )
-    num_eval_episodes: int = field(default=64, metadata={"help": "Held-out episodes of each evaluation."})
-    num_transcripts: int = field(default=1000, metadata={"help": "Episodes that warm up the small model."})
-    transcript_epsilon: float = field(
-        default=0.1, metadata={"help": "How often the greedy player of these episodes plays at random."}
-    )
+    players: list[str] = argument(["random", "ucb"], "Scripted players to compare with.")
+    num_eval_episodes: int = argument(64, "Held-out episodes of each evaluation.")
+    num_transcripts: int = argument(1000, "Episodes that warm up the small model.")
+    transcript_epsilon: float = argument(0.1, "How often the greedy player of these episodes plays at random.")
 
 
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
@@ -94,12 +88,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
             **adapters.trainer,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        trainer.save_model(folder)
-        trainer.create_model_card()
-        adapters.merge(start, folder)
-        if trainer.is_world_process_zero():
-            plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
+        train_and_save(trainer, folder, start=start, adapters=adapters, curves={"learning_curve.png": ()})
 
     seeds = held_out_seeds(script_args.num_eval_episodes)
 
@@ -142,7 +131,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     known = [(measure, when, table) for measure in MEASURES for when, table in tables.items() if measure in table]
     columns = {f"{measure}{when}": table[measure] for measure, when, table in known}
     title = f"{len(seeds)} held-out episodes"
-    report_stages(training_args.output_dir, columns, title, folders=folders, shares=False, label="mechanism")
+    looks = {"shares": False, "label": "mechanism"}
+    report_stages(training_args.output_dir, columns, title, folders=folders, push=training_args, **looks)
 
 
 if __name__ == "__main__":

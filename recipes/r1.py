@@ -19,10 +19,8 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
-from trl_agents.checkpoints import last_checkpoint
 from trl_agents.evaluation import interval
 from trl_agents.lora import StageAdapters
-from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import load_model, self_training_rows
 from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
 from trl_agents.recipe import (
@@ -37,7 +35,7 @@ from trl_agents.recipe import (
 from trl_agents.report import report_stages
 from trl_agents.rewards import Grading, think_answer_format_reward
 from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages
+from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 
 
@@ -86,6 +84,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     grading = {"choice": letters, "partial": 0.0}
     Grading(**grading).check_answers(train["answer"])
     rewards = [Grading(**grading).reward, think_answer_format_reward]  # both weigh 1
+    labels = dict(zip(("accuracy", "format"), rewards, strict=True))
+    curves = {f"{name}_curve.png": (f"rewards/{reward.__name__}/mean", name) for name, reward in labels.items()}
     sft_settings = {"learning_rate": script_args.sft_learning_rate, "batch_size": script_args.sft_batch_size}
     fit = functools.partial(fine_tune, batch_size=script_args.sft_batch_size, **machine_settings(training_args))
     sft = functools.partial(fit, adapters=adapters)
@@ -123,14 +123,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
             **adapters.trainer,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        trainer.save_model(folder)
-        trainer.create_model_card()
-        adapters.merge(start, folder)
-        if trainer.is_world_process_zero():
-            for reward, label in zip(rewards, ("accuracy", "format"), strict=True):
-                metric = f"rewards/{reward.__name__}/mean"
-                plot_learning_curve(trainer.state.log_history, folder / f"{label}_curve.png", metric, label)
+        train_and_save(trainer, folder, start=start, adapters=adapters, curves=curves)
 
     stages = Stages(
         output_dir,

@@ -19,11 +19,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
-from trl_agents.checkpoints import last_checkpoint
 from trl_agents.data import prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.lora import StageAdapters
-from trl_agents.plots import plot_learning_curve
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
 from trl_agents.recipe import (
     QuestionArguments,
@@ -38,7 +36,7 @@ from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
 from trl_agents.sft import fine_tune
-from trl_agents.stages import Stages
+from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import save_tiny_start
 
 
@@ -137,12 +135,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             processing_class=AutoTokenizer.from_pretrained(warm, padding_side="left"),
             **adapters.trainer,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        trainer.save_model(folder)
-        trainer.create_model_card()
-        adapters.merge(warm, folder)
-        if trainer.is_world_process_zero():
-            plot_learning_curve(trainer.state.log_history, folder / "learning_curve.png", "reward", "reward")
+        train_and_save(trainer, folder, start=warm, adapters=adapters, curves={"learning_curve.png": ["reward"]})
 
     def reranker(folder):
         pairs = sample(

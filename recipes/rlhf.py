@@ -19,13 +19,13 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer
-from trl_agents.checkpoints import last_checkpoint
 from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
 from trl_agents.recipe import check_positive, check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
+from trl_agents.stages import train_and_save
 
 
 METHODS = ("ppo", "ppo_no_kl")
@@ -68,11 +68,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             processing_class=AutoTokenizer.from_pretrained(sft, padding_side="left"),
             **adapters.trainer,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(Path(args.output_dir)))
-        trainer.save_model(args.output_dir)
-        trainer.save_state()  # with the log, which the picture is made of
-        trainer.create_model_card()
-        adapters.merge(sft, args.output_dir)
+        train_and_save(trainer, args.output_dir, start=sft, adapters=adapters)
 
     trained = {"sft": sft}
     for name in script_args.methods:

@@ -44,8 +44,8 @@ LAYERS = [
     (3, ["questions", "preference_eval", "r1"]),
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
-    (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf", "lora"]),
-    (4, ["report", "diagnostics"]),
+    (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf", "expert_iteration", "lora", "report"]),
+    (4, ["diagnostics"]),
     (4, ["estimate"]),
     (5, ["cli", "__main__"]),
 ]

@@ -1,10 +1,12 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What recipes share: arguments from a default file, from another, and from the command line over both."""
 
+import ast
 import json
 from dataclasses import dataclass, field
 
 import pytest
+from recipe_runs import RECIPES
 from trl import ModelConfig, SFTConfig
 
 from trl_agents.recipe import (
@@ -15,6 +17,9 @@ from trl_agents.recipe import (
     parse_arguments,
     trainer_settings,
 )
+
+
+RECIPE_FILES = sorted(RECIPES.glob("*.py"))
 
 
 @dataclass
@@ -132,3 +137,11 @@ def test_what_stages_have_no_use_for(tmp_path, model, training, said):
     with pytest.raises(ValueError, match=said):
         check_stages(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **training), ModelConfig(**model))
     check_stages(SFTConfig(str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=[path.stem for path in RECIPE_FILES])
+def test_a_recipe_that_reports_its_stages_also_pushes_them(path):
+    """`--push_to_hub` was without effect on what exploration.py reports."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    reports = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "report_stages"]
+    assert all("push" in {keyword.arg for keyword in call.keywords} for call in reports)

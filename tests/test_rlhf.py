@@ -94,7 +94,7 @@ def test_dpo_finds_the_first_stages_done(finished):
     output_dir, rlhf, stamps = finished
     assert {path: path.stat().st_mtime for path in stamps} == stamps
     assert (output_dir / "dpo" / "model.safetensors").exists()
-    assert (output_dir / "dpo_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (output_dir / "dpo" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     metrics = json.loads((output_dir / "metrics.json").read_text())
     assert list(metrics) == MEASURES
     for measure in MEASURES:  # the same model, prompts and seeds, and no sampling in between

@@ -224,8 +224,8 @@ def plot_measures(
 def plot_learning_curve(
     log_history: Sequence[Mapping[str, float]],
     path: str | Path,
-    metric: str = "agents/regret_mean",
-    label: str = "regret per episode",
+    metric: str | None = None,
+    label: str | None = None,
     references: Mapping[str, Interval] | None = None,
 ) -> None:
     """
@@ -236,13 +236,16 @@ def plot_learning_curve(
             `trainer.state.log_history`.
         path (`str` or `Path`):
             PNG to write.
-        metric (`str`, *optional*, defaults to `"agents/regret_mean"`):
-            Which metric.
+        metric (`str`, *optional*):
+            Which metric. Defaults to `agents/regret_mean`, or where no regret was logged `agents/return_mean`.
         label (`str`, *optional*):
             Its name on the axis.
         references (`Mapping[str, Interval]`, *optional*):
             Players to compare with.
     """
+    if metric is None:
+        measure = "regret" if any("agents/regret_mean" in entry for entry in log_history) else "return"
+        metric, label = f"agents/{measure}_mean", label or f"{measure} per episode"
     points = [(entry["step"], entry[metric]) for entry in log_history if metric in entry and "step" in entry]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -253,7 +256,7 @@ def plot_learning_curve(
     for (player, reference), colour in zip((references or {}).items(), COLOURS * 9, strict=False):
         axes.axhline(reference.mean, color=colour, linestyle="--", linewidth=1.5, label=player)
         axes.axhspan(reference.low, reference.high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="update", ylabel=label, title="Learning curve")
+    axes.set(xlabel="update", ylabel=label or metric, title="Learning curve")
     if axes.get_legend_handles_labels()[0]:  # nothing was logged yet: an empty picture
         axes.legend()
     _finish(figure, axes, path)

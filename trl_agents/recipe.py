@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -43,6 +44,14 @@ def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple
     for instance in parsed:
         check_choices(instance)
     return parsed
+
+
+def argument(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of arguments, with its help text; a list or dict is copied for each instance."""
+    metadata = {"help": text, **metadata}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=functools.partial(copy.copy, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_choices(arguments: Any) -> None:

@@ -68,6 +68,4 @@ def fine_tune(
         processing_class=tokenizer,
         **adapters.trainer,
     )
-    train_and_save(trainer, output_dir)
-    adapters.merge(model, output_dir)
-    return str(output_dir)
+    return train_and_save(trainer, output_dir, start=model, adapters=adapters)

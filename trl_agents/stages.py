@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
+
+from .checkpoints import last_checkpoint
+from .lora import StageAdapters
+from .plots import plot_learning_curve
 
 
 STAMP = "stage.json"
@@ -144,12 +148,44 @@ def stage_config(
     return config_class(str(output_dir), **{**defaults, **changes})
 
 
-def train_and_save(trainer: Any, output_dir: str | Path) -> str:
-    """Train, save model and card, make way for the next trainer. Returns `output_dir`, for `from_pretrained`."""
-    trainer.train()
-    trainer.save_model(str(output_dir))
+def train_and_save(
+    trainer: Any,
+    output_dir: str | Path,
+    *,
+    start: str | Path | None = None,
+    adapters: StageAdapters | None = None,
+    curves: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """
+    Train a stage, from its last checkpoint if it has one, save what came of it, and make way for the next trainer.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            TRL's or one of this package.
+        output_dir (`str` or `Path`):
+            The stage's folder: for the model, its card, and `trainer_state.json` with the log.
+        start (`str` or `Path`, *optional*):
+            With `adapters`, the model that they were trained on.
+        adapters ([`StageAdapters`], *optional*):
+            What was trained in place of all weights, and is merged into `start`.
+        curves (`Mapping[str, Sequence[str]]`, *optional*):
+            Pictures to draw: file name -> metric of the log and its name on the axis, or nothing for the defaults of
+            [`plot_learning_curve`].
+
+    Returns:
+        `str`: `output_dir`, for `from_pretrained`.
+    """
+    folder = Path(output_dir)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.save_model(str(folder))
+    trainer.save_state()
     trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
+    if adapters is not None:
+        adapters.merge(start, folder)
+    if trainer.is_world_process_zero():
+        for name, shown in (curves or {}).items():
+            plot_learning_curve(trainer.state.log_history, folder / name, *shown)
     let_another_trainer_follow()
     return str(output_dir)
 
