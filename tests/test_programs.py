@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_agents.rewards import ProgramRunner, get_program_reward, program_reward
+from trl_agents.rewards import ProgramRunner, get_program_reward, program_check, program_reward
 from trl_agents.rewards.program_check import MAX_SOURCE
 from trl_agents.rewards.programs import FAILURES, ProgramResult, check_program, program_of
 from trl_agents.rewards.sandbox import WORKER
@@ -289,6 +289,37 @@ def test_check_is_quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_program('def solution():\n    return "\\d" if 1 is 1 else 2') is None
+
+
+def test_check_in_threads_leaves_the_warnings_as_they_are():
+    """Each thread puts back the filters that it found: of two at once, the later one those of the earlier."""
+    source, interval = solution("x = 1\n" * 300), sys.getswitchinterval()
+    threads = [threading.Thread(target=lambda: [check_program(source) for _ in range(20)]) for _ in range(4)]
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert warnings.filters == before
+
+
+def test_check_in_a_fork_while_a_thread_checks():
+    with program_check._FILTERS:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if check_program(FINE) is None else 1)
+        deadline = time.monotonic() + 20
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def test_check_never_raises():
