@@ -102,6 +102,8 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     check_positive(args, "num_eval", "num_seeds", "num_transcripts", "warmup_batch_size", "max_new_tokens")
     keeping = {"share": args.keep_share, "by_group": args.by_group, "most": args.keep_most}
     keeping["allow_invalid"] = args.keep_invalid
+    if args.temperature < 0 or (args.window or 0) < 0:
+        raise ValueError(f"temperature={args.temperature}, window={args.window}: neither may be negative.")
     given = logs.read_episodes(args.episodes) if args.episodes else []
     logs.best_episodes(given, **keeping)  # refuses its settings now, not after a round of playing
     settings = as_settings(args.env_kwargs if args.env_id else args.arithmetic)
@@ -119,6 +121,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
         letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
         grading = Grading(args.style, choice=letters, partial=0.0)
         grading.check_answers(train["answer"])
+        grading.check_answers(test["answer"], "test")
 
     load = functools.partial(load_model, device=training_args.device)
     dtype = model_args.dtype or "auto"

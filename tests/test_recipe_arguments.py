@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
+from recipe_runs import RECIPES, parse, recipe
 from trl import ModelConfig, SFTConfig
 
 from trl_agents.recipe import (
@@ -132,3 +133,17 @@ def test_what_stages_have_no_use_for(tmp_path, model, training, said):
     with pytest.raises(ValueError, match=said):
         check_stages(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, **training), ModelConfig(**model))
     check_stages(SFTConfig(str(tmp_path), use_cpu=True, bf16=False), ModelConfig())
+
+
+@pytest.mark.parametrize("name", ["reft", "r1", "expert_iteration"])
+def test_test_answers_that_cannot_be_read_are_told_first(tmp_path, name):
+    """All would be wrong, and no stage says so."""
+    for split, answer in (("train", "7"), ("test", "blue")):
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"question": "3 + 4?", "answer": answer}]))
+    files = ["--dataset", tmp_path / "train.json", "--test_dataset", tmp_path / "test.json"]
+    files += ["--dataset_kwargs" if name != "expert_iteration" else "--arithmetic", "{}"]
+    config = RECIPES / "configs" / f"{name}_{'questions' if name == 'expert_iteration' else 'tiny'}.yaml"
+    module = recipe(name)
+    with pytest.raises(ValueError, match="test: 1 of 1 correct answers are no number, 'blue' among them"):
+        module.main(*parse(module, config, *files, "--output_dir", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -207,13 +207,13 @@ def read_episodes(path: str | Path) -> list[LoggedEpisode]:
         `ValueError`: with the number of the line, for one that cannot be read.
     """
     episodes = []
-    with Path(path).open(encoding="utf-8-sig") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # also of bytes that are no text, and of numbers longer than `int` reads
                 raise ValueError(f"{path}, line {number}: this is no JSON ({error}).") from error
             try:
                 episodes.append(_from_json(row))
