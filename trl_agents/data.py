@@ -54,11 +54,12 @@ UNITS = {
     "workers times marks runs units pieces coins",
 }
 _UNIT = "|".join(sorted(map(re.escape, " ".join(UNITS.values()).split()), key=len, reverse=True))
-_UNIT = rf"(?:{_UNIT})(?:[23²³]|\s*\^\s*[23])?(?![a-z0-9])\s*\.?"
+# Spaces have one place each: two that may take the same ones double the time with every unit of a row
+_UNIT = rf"(?:{_UNIT})(?:[23²³]|\s*\^\s*[23])?(?![a-z0-9])(?:\s*\.)?"
 _OPTION_NUMBER = re.compile(
     r"(?P<sign>[-+−–]?)\s*(?:(?:rs|re)\b\s*\.?|(?:us\s*)?[$€£₹])?\s*(?P<inner_sign>[-+−–]?)\s*"
     rf"(?:(?:(?P<whole>[0-9]{{1,9}})\s+)?(?P<top>[0-9]{{1,9}})\s*/\s*(?P<bottom>[0-9]{{1,9}})|(?P<number>{_NUMBER}))"
-    rf"\s*(?:{_UNIT}(?:\s*(?:/|per\b)?\s*{_UNIT})*)?"
+    rf"\s*(?:{_UNIT}(?:\s*(?:(?:/|per\b)\s*)?{_UNIT})*)?"
 )
 
 
@@ -105,7 +106,7 @@ def option_number(option: str) -> str | None:
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 _OPTION = re.compile(r"([a-e])\s*\)\s*(.*?)(?=\s*,\s*[a-e]\s*\)|$)")
 _STATED_LETTER = re.compile(
-    r"[\s,;.]*(?:\b(?:so|hence|thus|therefore)\b[\s,]*)?(?:\bthe\s+)?(?:\bcorrect\s+)?\b(?:answer|ans|option)\b"
+    r"(?<![\s,;.])[\s,;.]*+(?:\b(?:so|hence|thus|therefore)\b[\s,]*+)?(?:\bthe\s+)?(?:\bcorrect\s+)?\b(?:answer|ans|option)\b"
     r"(?:[\s:.=-]|\b(?:is|option)\b)*\(?\s*\b[a-e]\s*\)?[\s.]*$",
     re.IGNORECASE,
 )
