@@ -34,7 +34,7 @@ LAYERS = [
     (2, ["batch"]),
     (2, ["value_head"]),
     (2, ["fsdp"]),
-    (2, ["data", "arithmetic", "preferences"]),
+    (2, ["data", "question_rows", "arithmetic", "preferences"]),
     (2, ["transcripts"]),
     (2, ["page", "viewer", "charts"]),
     (2, ["hub"]),
