@@ -35,7 +35,7 @@ LAYERS = [
     (2, ["value_head"]),
     (2, ["fsdp"]),
     (2, ["data", "question_rows", "arithmetic", "preferences"]),
-    (2, ["transcripts"]),
+    (2, ["transcripts", "episode_file"]),
     (2, ["page", "viewer", "charts"]),
     (2, ["hub"]),
     (2, ["checkpoints"]),
