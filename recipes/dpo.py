@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 from trl_agents.lora import StageAdapters
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import check_positive, check_stages, parse_arguments, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
 from trl_agents.stages import train_and_save
@@ -37,6 +37,7 @@ class ScriptArguments(PreferenceArguments):
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     check_stages(training_args, model_args, adapters=True)
+    check_positive(script_args, "max_new_tokens")
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters)
 

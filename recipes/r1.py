@@ -71,7 +71,7 @@ class ScriptArguments(QuestionArguments):
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
     settings = script_args.question_settings
-    check_stages(training_args, model_args, adapters=True)
+    check_stages(training_args, model_args, adapters=True, refuses=["exploration"])
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     check(script_args, training_args)
     # The given solutions may skip steps, those of a cold start were written with care
@@ -83,6 +83,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = {"choice": letters, "partial": 0.0}
     Grading(**grading).check_answers(train["answer"])
+    Grading(**grading).check_answers(test["answer"], "test")
     rewards = [Grading(**grading).reward, think_answer_format_reward]  # both weigh 1
     labels = dict(zip(("accuracy", "format"), rewards, strict=True))
     curves = {f"{name}_curve.png": (f"rewards/{reward.__name__}/mean", name) for name, reward in labels.items()}

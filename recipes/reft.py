@@ -87,9 +87,11 @@ class ScriptArguments(QuestionArguments):
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
+    if script_args.num_votes < 0:
+        raise ValueError(f"num_votes={script_args.num_votes}: give a number of answers, or 0 for no vote.")
     if script_args.rerank and not script_args.num_votes:
         raise ValueError("rerank chooses among sampled answers, and num_votes=0 samples none: give their number.")
-    check_stages(training_args, model_args, adapters=True)
+    check_stages(training_args, model_args, adapters=True, refuses=["reward_weights", "exploration"])
     check_positive(script_args, "warmup_epochs", "sft_epochs", "sft_learning_rate", "sft_batch_size", "st_samples")
     check_positive(script_args, "st_unique", "st_epochs", "st_rounds", "st_learning_rate", "rerank_epochs")
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
@@ -99,6 +101,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
     grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
     grading.check_answers(train["answer"])
+    grading.check_answers(test["answer"], "test")
     sft_settings = {
         "learning_rate": script_args.sft_learning_rate,
         "batch_size": script_args.sft_batch_size,

@@ -48,7 +48,8 @@ class ScriptArguments(PreferenceArguments):
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
-    check_stages(training_args, model_args, adapters=True)
+    own = ["reward_weights", "value_head_init", "exploration"]
+    check_stages(training_args, model_args, adapters=True, refuses=own)
     if training_args.beta <= 0.0 or training_args.kl_in != "reward":
         raise ValueError(
             f"beta={training_args.beta} and kl_in={training_args.kl_in!r}: the stage `ppo` has the KL in its reward, "

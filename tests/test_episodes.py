@@ -302,6 +302,14 @@ def test_conversations_of_others(tmp_path):
         ('{"messages": [{"role": "assistant", "content": "a"}], "reward": 1}', "begins with the assistant"),
         ('{"turns": [{"text": "a"}], "stop": "bored"}', "`stop` is 'bored': use one of terminated, truncated"),
         ('{"turns": [{"text": "a"}], "seed": "7"}', "`seed` must be of type int"),
+        ('{"turns": [{"text": "a"}], "env_id": 7}', "`env_id` must be of type str"),
+        ('{"turns": [{"text": "a", "action": 7}]}', "turn 0: `action` must be a text or null, and is 7"),
+        ('{"turns": [{"text": "a", "action_ids": ["a"]}]}', "turn 0: `action_ids` must be a list of whole numbers"),
+        (
+            f'{{"prompt": "a", "completion": "b", "reward": {"9" * 400}}}',
+            "`reward` must be a number, and has 400 digits",
+        ),
+        ("[" * 100_000, "this is no JSON"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, said):

@@ -155,6 +155,8 @@ def test_two_processes(tmp_path):
         (["--num_eval", "0"], "num_eval=0: give more than 0"),
         (["--num_seeds", "-1"], "num_seeds=-1"),
         (["--context", "chat", "--window", "3"], "window=3 has no effect"),
+        (["--context", "window", "--window", "-2"], "window=-2: neither may be negative"),
+        (["--temperature", "-1"], "temperature=-1.0, .*neither may be negative"),
         (["--players", "rnd"], "'rnd' is unknown"),
     ],
 )
@@ -164,9 +166,17 @@ def test_mistakes_are_told_first(tmp_path, arguments, said):
     assert not (tmp_path / "out").exists(), "something was written before the error"
 
 
-def test_a_broken_file_is_told_first(tmp_path):
-    (tmp_path / "logs.jsonl").write_text('{"messages": 3, "reward": 1}')
-    with pytest.raises(ValueError, match="logs.jsonl, line 1: `messages` must be a list"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"messages": 3, "reward": 1}', "`messages` must be a list"),
+        (b'{"messages": "\xff"}', "this is no JSON .*0xff"),
+        (b'{"reward": ' + b"9" * 5000 + b"}", "this is no JSON .*digits"),
+    ],
+)
+def test_a_broken_file_is_told_first(tmp_path, text, said):
+    (tmp_path / "logs.jsonl").write_bytes(text)
+    with pytest.raises(ValueError, match=f"logs.jsonl, line 1: {said}"):
         run_here("--episodes", tmp_path / "logs.jsonl", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

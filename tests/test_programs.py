@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_agents.rewards import ProgramRunner, get_program_reward, program_reward
+from trl_agents.rewards import ProgramRunner, get_program_reward, program_check, program_reward
 from trl_agents.rewards.program_check import MAX_SOURCE
 from trl_agents.rewards.programs import FAILURES, ProgramResult, check_program, program_of
 from trl_agents.rewards.sandbox import WORKER
@@ -291,6 +291,37 @@ def test_check_is_quiet():
         assert check_program('def solution():\n    return "\\d" if 1 is 1 else 2') is None
 
 
+def test_check_in_threads_leaves_the_warnings_as_they_are():
+    """Each thread puts back the filters that it found: of two at once, the later one those of the earlier."""
+    source, interval = solution("x = 1\n" * 300), sys.getswitchinterval()
+    threads = [threading.Thread(target=lambda: [check_program(source) for _ in range(20)]) for _ in range(4)]
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        sys.setswitchinterval(1e-6)
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        assert warnings.filters == before
+
+
+def test_check_in_a_fork_while_a_thread_checks():
+    with program_check._FILTERS:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if check_program(FINE) is None else 1)
+        deadline = time.monotonic() + 20
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+
+
 def test_check_never_raises():
     rng = random.Random(0)
     pieces = 'def solution():\n |return|(|)|[|]|{|}|\'|"""|\\|\n|\n    |\t|__class__|.|:|=|f\'{|\0|é|𝐱|\ud800|1e9|```'
@@ -334,6 +365,21 @@ HOSTILE = {
     "recursion": ("return solution()", "error: RecursionError"),
     "lambda_recursion": ("f = lambda n: f(n + 1)\nreturn f(0)", "error: RecursionError"),
     "recursive_repr": ("x = []\nfor _ in range(10 ** 5):\n    x = [x]\nreturn str(x)", "error: RecursionError"),
+    "deep_generators": (  # past Python's own count of recursion: the stack is what ends them
+        "x = iter([1])\nfor _ in range(10 ** 5):\n    x = (y for y in x)\nreturn next(x)",
+        "crash error: timeout",
+    ),
+    "deep_hash": ("x = ()\nfor _ in range(10 ** 6):\n    x = (x,)\nreturn len({x: 1})", "crash timeout memory"),
+    "endless_at_the_end": ("try:\n    return 1\nfinally:\n    while True:\n        pass", "timeout"),
+    "endless_when_thrown_away": (
+        "def g():\n    try:\n        yield 1\n    finally:\n        while True:\n            pass\n"
+        "x = g()\nnext(x)\nreturn 1",
+        "timeout",
+    ),
+    "folded_constant": ("return len(('a' * 4096) * 4096 * 4096)", "memory"),
+    "wide_star": ("return '%*d' % (4 * 10 ** 9, 1)", "memory error:"),
+    "styled_letters": ("return 𝐞𝐯𝐚𝐥('1')", "forbidden: eval"),
+    "late_name": ("def f(open=1):\n    pass\nreturn open('/etc/passwd')", "error: NameError"),
     "fork_bomb": ("import os\nwhile True:\n    os.fork()", "forbidden: import os"),
     "system": ("import os\nos.system('echo > CANARY')", "forbidden: import os"),
     "subprocess": ("import subprocess\nsubprocess.run(['rm', 'CANARY'])", "forbidden: import subprocess"),
@@ -382,8 +428,8 @@ def test_hostile(runner, canary, name):
     source = solution(body.replace("CANARY", str(canary)))
     (result,) = runner.run([source])
     allowed = [reasons] if ":" in reasons or reasons.startswith("too") else reasons.split()
-    if reasons == "error: memory":
-        allowed = ["memory", "error: "]
+    if reasons in ("error: memory", "memory error:", "crash error: timeout"):
+        allowed = reasons.split()
     assert any(result.reason.startswith(one) for one in allowed), result
     assert result.value is None and result.seconds < TIMEOUT + 5
     assert_unharmed(runner)

@@ -231,6 +231,8 @@ def test_an_interrupted_stage_goes_on(tmp_path, monkeypatch):
         (["--resume_from_checkpoint", "outputs/checkpoint-2"], "leave resume_from_checkpoint out"),
         (["--reward_weights", "1"], "give two"),
         (["--num_votes", "0"], "num_votes=0"),
+        (["--exploration", "try_all"], "exploration=.*leave it out"),
+        (["--max_completion_length", "-1"], "max_completion_length=-1: give more than 0"),
         (["--cold_rows", "0"], "cold_rows=0: give more than 0"),
         (["--rejection_most", "0"], "rejection_most=0"),
     ],

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 
 import pytest
-from recipe_runs import RECIPES
+from recipe_runs import RECIPES, parse, recipe
 from trl import ModelConfig, SFTConfig
 
 from trl_agents.recipe import (
@@ -145,3 +145,17 @@ def test_a_recipe_that_reports_its_stages_also_pushes_them(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     reports = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "report_stages"]
     assert all("push" in {keyword.arg for keyword in call.keywords} for call in reports)
+
+
+@pytest.mark.parametrize("name", ["reft", "r1", "expert_iteration"])
+def test_test_answers_that_cannot_be_read_are_told_first(tmp_path, name):
+    """All would be wrong, and no stage says so."""
+    for split, answer in (("train", "7"), ("test", "blue")):
+        (tmp_path / f"{split}.json").write_text(json.dumps([{"question": "3 + 4?", "answer": answer}]))
+    files = ["--dataset", tmp_path / "train.json", "--test_dataset", tmp_path / "test.json"]
+    files += ["--dataset_kwargs" if name != "expert_iteration" else "--arithmetic", "{}"]
+    config = RECIPES / "configs" / f"{name}_{'questions' if name == 'expert_iteration' else 'tiny'}.yaml"
+    module = recipe(name)
+    with pytest.raises(ValueError, match="test: 1 of 1 correct answers are no number, 'blue' among them"):
+        module.main(*parse(module, config, *files, "--output_dir", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -322,6 +322,10 @@ def test_an_interrupted_reft_goes_on_where_it_was(tmp_path):
         (["--sft_batch_size", "0"], "sft_batch_size=0"),
         (["--st_rounds", "0"], "st_rounds=0"),
         (["--rerank", "true"], "num_votes=0 samples none"),
+        (["--num_votes", "-1"], "num_votes=-1: give a number of answers"),
+        (["--reward_weights", "1", "2"], r"reward_weights=\[1.0, 2.0\]: this recipe sets"),
+        (["--exploration", "try_all"], "exploration=.*leave it out"),
+        (["--max_completion_length", "0"], "max_completion_length=0: give more than 0"),
         (["--resume_from_checkpoint", "outputs"], "leave resume_from_checkpoint out"),
     ],
 )

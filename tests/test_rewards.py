@@ -1,8 +1,13 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 import math
+import os
 import pickle
 import random
 import re
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -13,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trl_agents.rewards import accuracy as accuracy_module
+from trl_agents.rewards import symbolic
 from trl_agents.rewards.accuracy import accuracy_reward, get_accuracy_reward
 from trl_agents.rewards.answers import find_answer, find_number, numbers_equal
 from trl_agents.rewards.choice import choice_reward, find_choice, get_choice_reward
@@ -387,6 +393,14 @@ SAME_EITHER_WAY = [  # what math_verify and the comparison of numbers agree on
 ]
 
 
+def in_a_thread(call):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
 class TestAccuracy:
     @pytest.mark.parametrize(
         ("text", "answer", "reward"),
@@ -419,14 +433,64 @@ class TestAccuracy:
         verify = get_accuracy_reward(verify="math_verify")
         assert verify([text], [answer]) == [reward]
         if "^" not in text:
-            results = []
-            thread = threading.Thread(target=lambda: results.extend(verify([text], [answer])))
+            # TRL's async workers call rewards off the main thread
+            assert in_a_thread(lambda: verify([text], [answer])) == [reward]
+
+    def test_a_formula_that_never_ends_in_a_thread(self, monkeypatch):
+        """Run there, it would keep the interpreter's lock, and with it the whole process, for hours."""
+        pytest.importorskip("math_verify")
+        monkeypatch.setattr(symbolic, "PARSING_TIMEOUT", 2)
+        monkeypatch.setattr(symbolic, "VERIFY_TIMEOUT", 2)
+        texts = [r"\boxed{9^{9^9}}", r"\boxed{100000000!}", r"\boxed{5}"]
+        assert in_a_thread(lambda: get_accuracy_reward("math_verify")(texts, ["5"] * 3)) == [0, 0, 1]
+
+    def test_the_process_for_threads_is_replaced(self, monkeypatch):
+        pytest.importorskip("math_verify")
+        verify = get_accuracy_reward(verify="math_verify")
+        texts = [r"\boxed{\frac{1}{2}}", r"\boxed{3}"]
+        assert in_a_thread(lambda: verify(texts, ["0.5"] * 2)) == [1, 0]
+        symbolic._HELPER.process.kill()
+        symbolic._HELPER.process.wait()
+        assert in_a_thread(lambda: verify(texts, ["0.5"] * 2)) == [1, 0]
+        monkeypatch.setattr(symbolic, "PARSING_TIMEOUT", 0)
+        monkeypatch.setattr(symbolic, "VERIFY_TIMEOUT", 0)
+        monkeypatch.setattr(symbolic, "GRACE_SECONDS", 0.5)
+        os.kill(symbolic._HELPER.process.pid, signal.SIGSTOP)  # it is late
+        assert in_a_thread(lambda: verify(texts[:1], ["0.5"])) == [0]
+        monkeypatch.undo()
+        assert in_a_thread(lambda: verify(texts, ["0.5"] * 2)) == [1, 0]
+
+    def test_the_process_for_threads_after_a_fork_and_at_the_end(self):
+        pytest.importorskip("math_verify")
+        script = """
+        import os, threading
+        from trl_agents.rewards import get_accuracy_reward
+        from trl_agents.rewards.symbolic import _HELPER
+        verify, found = get_accuracy_reward("math_verify"), []
+        def ask():
+            thread = threading.Thread(target=lambda: found.extend(verify(["5"], ["5"])))
             thread.start()
             thread.join()
-            assert results == [reward]  # TRL's async workers call rewards off the main thread
+        ask()
+        with _HELPER.lock:
+            child = os.fork()
+            if child == 0:
+                ask()
+                _HELPER.end()
+                os._exit(0 if found == [1, 1] else 1)
+            assert os.waitpid(child, 0)[1] == 0
+        ask()
+        assert found == [1, 1]
+        print(_HELPER.process.pid)
+        """
+        command = [sys.executable, "-W", "error::ResourceWarning", "-c", textwrap.dedent(script)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(done.stdout), 0)
 
     def test_without_math_verify(self, monkeypatch):
-        monkeypatch.setattr(accuracy_module, "find_spec", lambda name: None)
+        monkeypatch.setattr(accuracy_module, "has_math_verify", lambda: False)
         accuracy_module._math_verify_or_warning.cache_clear()
         try:
             with pytest.warns(UserWarning, match="math_verify is not installed"):

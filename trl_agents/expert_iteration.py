@@ -73,7 +73,9 @@ class IterationArguments:
                 f"{said} leaves nothing to learn: sample at least once, in a round or more, or give a file."
             )
         check_positive(self, "num_eval", "num_seeds", "num_transcripts", "max_new_tokens")
-        self.best([], 0)
+        if self.temperature < 0 or (self.window or 0) < 0:
+            raise ValueError(f"temperature={self.temperature}, window={self.window}: neither may be negative.")
+        self.best([])  # refuses its settings now, not after a round of playing
 
     @property
     def keeping(self) -> dict[str, Any]:
@@ -203,6 +205,7 @@ class AnswerTask:
         letters = all(len(answer) == 1 and answer.isalpha() for answer in self.train["answer"])
         self.grading = Grading(args.style, choice=letters, partial=0.0)
         self.grading.check_answers(self.train["answer"])
+        self.grading.check_answers(self.test["answer"], "test")
         self.accuracy: dict[str, Any] = {}
 
     @property

@@ -163,12 +163,35 @@ def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> A
 
 
 def check_stages(
-    training_args: Any, model_args: ModelConfig, uses: Collection[str] = (), adapters: bool = False
+    training_args: Any,
+    model_args: ModelConfig,
+    uses: Collection[str] = (),
+    adapters: bool = False,
+    refuses: Collection[str] = (),
 ) -> None:
     """
-    Raises `ValueError` for arguments that a recipe of several stages has no use for, but for `uses`. `adapters`: its
-    stages can train them ([`StageAdapters`]).
+    Raises `ValueError` for arguments that a recipe of several stages has no use for, and for those that its trainers
+    would refuse after the first stages.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]):
+            Of its main trainer.
+        model_args ([`~trl.ModelConfig`]):
+            Of the model that it starts from.
+        uses (`Collection[str]`, *optional*):
+            Arguments of the model that it does use.
+        adapters (`bool`, *optional*, defaults to `False`):
+            Whether its stages can train adapters ([`StageAdapters`]).
+        refuses (`Collection[str]`, *optional*):
+            Arguments of the trainer that it sets itself, or has no use for.
     """
+    for each in fields(training_args):
+        value = getattr(training_args, each.name)
+        if each.name in refuses and value != default_of(each):
+            raise ValueError(
+                f"{each.name}={value!r}: this recipe sets {each.name} itself or has no use for it, leave it out."
+            )
+    check_positive(training_args, *(name for name in ("max_completion_length",) if hasattr(training_args, name)))
     adapted = adapters and model_args.use_peft
     uses = {*uses, "dtype"} if adapted else uses
     unused = [

@@ -3,30 +3,22 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 from .answers import find_answer, find_number, numbers_equal, spoken_text
 from .completions import answer_column, completion_texts, variant_name
 from .numeric import gold_number
+from .symbolic import MAX_ANSWER, compare_symbolically, has_math_verify
 
 
 VERIFIERS = ("auto", "math_verify", "number")
 
 _EXTRA = "pip install trl-agents[math]"
-# TRL's limits, in seconds. They rest on a signal, which only the main thread gets.
-_PARSING_TIMEOUT, _VERIFY_TIMEOUT = 10, 5
-# More than this is no answer, and would only keep the LaTeX parser busy until its timeout
-_MAX_ANSWER, _MAX_DEPTH, _TAIL = 500, 16, 4000
-_MATH = re.compile(r"\$[^$]+\$|\\\(|\\\[")
-_SENTENCE_END = re.compile(r"\.(?:\s|\Z)")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 _TOLERANCE = 1e-6  # math_verify compares six decimals
 _EDGES = " \t\n.,;:!?*_`\"'“”‘’()[]{}<>$\\"
@@ -80,15 +72,17 @@ def get_accuracy_reward(verify: str = "auto") -> Callable:
             How answers are compared.
 
             - `"math_verify"`: symbolically, as in TRL's `accuracy_reward`, with its timeouts (10 s to parse, 5 s to
-              compare, none outside the main thread). A correct answer that it cannot parse gets `None`: words, and
-              formulas outside `$...$`. Stated answers of over 500 characters or 16 nested brackets are wrong unread.
+              compare). They need a main thread: what other threads ask is answered by a process of its own (Linux and
+              macOS; elsewhere without a timeout). A correct answer that math_verify cannot parse gets `None`: words,
+              and formulas outside `$...$`. Stated answers of over 500 characters or 16 nested brackets are wrong
+              unread.
             - `"number"`: if the correct answer is a number, by [`numbers_equal`] to 1e-6; else as strings, without
               case, punctuation at the ends, and runs of whitespace. Needs nothing installed.
             - `"auto"`: the first where math_verify is installed, else the second, with a warning.
     """
     if verify not in VERIFIERS:
         raise ValueError(f"`verify` is one of {list(VERIFIERS)}, got {verify!r}.")
-    if verify == "math_verify" and not _has_math_verify():
+    if verify == "math_verify" and not has_math_verify():
         raise ValueError(f"`verify='math_verify'` needs math_verify: `{_EXTRA}`, or pass `verify='number'`.")
     return _AccuracyReward(verify)
 
@@ -105,20 +99,16 @@ class _AccuracyReward:
         texts = completion_texts(completions)
         golds = answer_column(self.__name__, texts, answer)
         symbolic = self.verify == "math_verify" or (self.verify == "auto" and _math_verify_or_warning())
-        compare = _compare_symbolically if symbolic else _compare_plainly
+        compare = compare_symbolically if symbolic else _compare_plainly
         rewards = [compare(text, gold) for text, gold in zip(texts, golds, strict=True)]
         if log_extra is not None:
-            log_extra(f"{self.__name__}_read", [_answer_of(text)[:_MAX_ANSWER] or "[none]" for text in texts])
+            log_extra(f"{self.__name__}_read", [_answer_of(text)[:MAX_ANSWER] or "[none]" for text in texts])
         return rewards
-
-
-def _has_math_verify() -> bool:
-    return find_spec("math_verify") is not None
 
 
 @lru_cache(maxsize=1)  # once a process
 def _math_verify_or_warning() -> bool:
-    found = _has_math_verify()
+    found = has_math_verify()
     if not found:
         warnings.warn(
             "math_verify is not installed, so `accuracy_reward` compares numbers and strings: 'x+1' and '1+x' differ. "
@@ -148,81 +138,3 @@ def _compare_plainly(text: str, gold: Any) -> float | None:
 
 def _normalised(answer: str) -> str:
     return " ".join(_LATEX_TEXT.sub(r"\1", answer).strip(_EDGES).casefold().split())
-
-
-# -- math_verify ------------------------------------------------------------------------------------------------------
-
-
-def _compare_symbolically(text: str, gold: Any) -> float | None:
-    library = _math_verify()
-    if isinstance(gold, str):
-        stated = find_answer(gold)
-        gold_text = gold if stated is None else stated
-    else:
-        number = gold_number(gold)
-        gold_text = "" if number is None else f"{gold}"
-    expected = _parse(library, gold_text)
-    if not expected:
-        return None
-    found = _parse_answer(library, text)
-    if not found:
-        return 0.0
-    timeout = _VERIFY_TIMEOUT if _timed() else None
-    return float(bool(_guarded(library.verify, expected, found, timeout_seconds=timeout)))
-
-
-def _parse_answer(library: Any, text: str) -> list:
-    stated = find_answer(text)
-    if stated is None:
-        reply = spoken_text(text)
-        found = _parse(library, reply[-_TAIL:], latex_only=True)
-        if found or find_number(text) is None:
-            return found
-        stated = reply.strip()
-    if len(stated) > _MAX_ANSWER:
-        return []
-    if _MATH.search(stated) and (found := _parse(library, stated, latex_only=True)):
-        return found
-    # As one formula: from plain text math_verify would take a number out of "2^{3}"
-    return _parse(library, rf"\boxed{{{_SENTENCE_END.split(stated, maxsplit=1)[0]}}}", latex_only=True)
-
-
-def _parse(library: Any, text: str, latex_only: bool = False) -> list:
-    if _depth(text) > _MAX_DEPTH:
-        return []
-    options = {"parsing_timeout": _PARSING_TIMEOUT if _timed() else None}
-    if latex_only:
-        config = library.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-        options |= {"extraction_config": [config], "extraction_mode": "first_match"}
-    return _guarded(library.parse, text, **options) or []
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _timed() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-def _guarded(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Runs math_verify, whose own timeout is no `Exception`. What it cannot do, it did not find."""
-    try:
-        return function(*args, **kwargs)
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException:
-        return None
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> Any:
-    import math_verify
-
-    for name in ("parser", "grader"):  # a model's bad LaTeX, and threads without timeouts, are no news
-        logging.getLogger(f"math_verify.{name}").setLevel(logging.CRITICAL)
-    return math_verify

@@ -48,15 +48,22 @@ class Grading:
             return get_program_reward(partial=0.0 if self.choice else self.partial, multiple_choice=self.choice)
         return get_choice_reward() if self.choice else get_numeric_reward(partial=self.partial)
 
-    def check_answers(self, answers: Sequence[str]) -> None:
+    def check_answers(self, answers: Sequence[str], split: str = "train") -> None:
         """
         Tells of correct answers that cannot be read, to which no answer is ever right: a warning, or a `ValueError` if
         there are no others.
+
+        Args:
+            answers (`Sequence[str]`):
+                The dataset's correct answers.
+            split (`str`, *optional*, defaults to `"train"`):
+                Where they are from, for the message.
         """
         unread = [answer for answer in answers if (gold_choice if self.choice else gold_number)(answer) is None]
         if not unread:
             return
-        told = f"{len(unread)} of {len(answers)} correct answers are no {'letter' if self.choice else 'number'}"
+        told = f"{split}: {len(unread)} of {len(answers)} correct answers are no "
+        told += "letter" if self.choice else "number"
         told = f"{told}, {unread[0]!r} among them: leave such rows out."
         if len(unread) == len(answers):
             raise ValueError(told)

@@ -17,8 +17,10 @@ import fractions
 import functools
 import itertools
 import math
+import os
 import re
 import statistics
+import threading
 import warnings
 from collections.abc import Collection, Iterator
 
@@ -131,9 +133,22 @@ def check_program(source: str, modules: Collection[str] = DEFAULT_MODULES) -> st
 
 def parse_quietly(source: str) -> ast.Module:
     """`ast.parse` without Python's warnings of what a model wrote (an unknown escape, `1 is 1`)."""
-    with warnings.catch_warnings():
+    # The filters are the process's, and each thread puts back what it found: two at once, and all warnings may be off
+    # for good.
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return ast.parse(source)
+
+
+def _unlock() -> None:
+    """In a forked process: the thread that held the lock is not here."""
+    global _FILTERS
+    _FILTERS = threading.Lock()
+
+
+_unlock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 
 def _bound_names(node: ast.AST) -> Iterator[str]:
