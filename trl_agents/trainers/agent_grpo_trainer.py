@@ -39,7 +39,7 @@ from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
 from .checks import check_dataset, check_environment, check_fsdp, check_settings, check_types
 from .display import TrainingDisplay, show_training
-from .memory import Memorize, recall_from, write_memory
+from .memory import Memorize, agreed_on, recall_from, write_memory
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -337,7 +337,7 @@ class AgentGRPOTrainer(PushesSafely, RolloutGRPOTrainer):
             *args, **kwargs:
                 The other arguments.
         """
-        self.resumed_from = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self.resumed_from = agreed_on(find_checkpoint(resume_from_checkpoint, self.args.output_dir))
         if self.resumed_from is not None:
             recall_from(self, self.resumed_from)
         try:
