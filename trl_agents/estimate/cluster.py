@@ -139,8 +139,8 @@ class Cluster:
     device: str = "cuda"
 
     def __post_init__(self):
-        _check_numbers(self, ("network_gbps", "efficiency", "bandwidth_efficiency", "op_seconds"))
-        _check_numbers(self, ("reserved_gib",), zero=True)
+        _check_numbers(self, ("network_gbps", "efficiency", "bandwidth_efficiency"))
+        _check_numbers(self, ("op_seconds", "reserved_gib"), zero=True)
         for name in ("efficiency", "bandwidth_efficiency"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is a share of the peak: give at most 1.")
