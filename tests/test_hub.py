@@ -54,7 +54,7 @@ class ScriptedPPOTrainer(ScriptedTrainer, AgentPPOTrainer):
 
 
 @contextlib.contextmanager
-def pointed_at(url, xet=False):
+def pointed_at(url):
     """This process's client talks to `url`, without waiting between its attempts."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setattr(constants, "ENDPOINT", url)
@@ -62,7 +62,7 @@ def pointed_at(url, xet=False):
         patch.setattr(constants, "HF_HUB_CACHE", cache)
         patch.setattr(hf_api.api, "endpoint", url)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(transformers.utils.hub, "_hf_api", None)
         patch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
         patch.setenv("HF_TOKEN", TOKEN)
