@@ -110,10 +110,38 @@ def test_a_cluster_of_ones_own(tmp_path):
         "gpu: A100\nn_gpus: 3\nn_nodes: 2": "3 GPUs on 2 nodes",
         "- a": "no settings",
         "a: [": "no YAML",
+        "gpu: A100\nn_gpus: two": "n_gpus='two': give a whole number",
+        "gpu: A100\nefficiency: 0": "efficiency=0: give a number above 0",
+        "gpu: A100\nbandwidth_efficiency: 70": "bandwidth_efficiency=70 is a share",
+        "gpu: A100\nreserved_gib: -1": "reserved_gib=-1.* of at least 0",
+        "gpu: {memory_gib: 0, memory_gbps: 1, bf16_tflops: 2, fp32_tflops: 1, link_gbps: 3}": "memory_gib=0",
+        "gpu: {memory_gib: 8, memory_gbps: fast, bf16_tflops: 2, fp32_tflops: 1, link_gbps: 3}": "memory_gbps='fast'",
     }.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=said):
             read_cluster(file)
+
+
+def test_yamls_numbers_without_a_point(tmp_path):
+    """PyYAML takes them for text."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text("gpu: A100\nop_seconds: 8e-6\nreserved_gib: 0\n")
+    cluster = read_cluster(file)
+    assert cluster.op_seconds == 8e-6 and cluster.reserved_gib == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 5}", "zero_stage=5, and known are 1, 2 and 3"),
+        ("distributed_type: MULTI_GPU\nnum_processes: many", "num_processes='many'"),
+    ],
+)
+def test_files_that_say_what_there_is_not(tmp_path, text, said):
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_accelerate(file)
 
 
 def test_models_are_found_where_they_are(tmp_path):
@@ -126,6 +154,10 @@ def test_models_are_found_where_they_are(tmp_path):
     assert read_shape("google/gemma-2-2b").n_parameters == read_shape("google/gemma-2-2b-it").n_parameters
     with pytest.raises(ValueError, match="no n_layer"):
         read_shape("tiny", {"n_layer": 4})
+    with pytest.raises(ValueError, match="num_hidden_layers=0: give at least 1"):
+        read_shape("tiny", {"num_hidden_layers": 0})
+    with pytest.raises(ValueError, match="refuses hidden_size='big'"):
+        read_shape("tiny", {"hidden_size": "big"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no model"):
         read_shape(tmp_path / "empty")
@@ -165,6 +197,12 @@ def test_mistakes_are_told(tmp_path, capsys):
     assert "There is no file nowhere.yaml" in error_of(capsys, TINY, "--accelerate_config", "nowhere.yaml")
     assert "generation_batch_size" in error_of(capsys, TINY, "--set", "num_generations=3")
     assert "betta" in error_of(capsys, TINY, "--set", "betta=1")
+    assert "gradient_accumulation_steps=0" in error_of(capsys, TINY, "--set", "gradient_accumulation_steps=0")
+    assert "--env_delay -1.0" in error_of(capsys, TINY, "--env_delay", "-1")
+    broken = tmp_path / "grpo_bandit_mine.yaml"
+    for text, said in {"a: [1": "is no YAML", "- a": "holds no settings", "": "holds no settings"}.items():
+        broken.write_text(text)
+        assert said in error_of(capsys, broken, "--recipe", ROOT / "recipes" / "grpo_bandit.py")
 
 
 @pytest.fixture(autouse=True)

@@ -24,17 +24,20 @@ import huggingface_hub.utils._http
 import pytest
 import torch
 import transformers.utils.hub
+from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, hf_api
 from peft import LoraConfig
 from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer, hub, make_env
 from trl_agents.episodes import read_episodes
 from trl_agents.evaluation import Interval, held_out_seeds, markdown_table, summarize
 from trl_agents.hub import Token, push_folder
-from trl_agents.report import report_stages
+from trl_agents.recipe import stage_arguments
+from trl_agents.report import push_stages, report_stages
 from trl_agents.tiny import make_tiny_model
 from trl_agents.value_head import VALUE_HEAD_FILE
 
@@ -51,7 +54,7 @@ class ScriptedPPOTrainer(ScriptedTrainer, AgentPPOTrainer):
 
 
 @contextlib.contextmanager
-def pointed_at(url, xet=False):
+def pointed_at(url):
     """This process's client talks to `url`, without waiting between its attempts."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         patch.setattr(constants, "ENDPOINT", url)
@@ -59,7 +62,7 @@ def pointed_at(url, xet=False):
         patch.setattr(constants, "HF_HUB_CACHE", cache)
         patch.setattr(hf_api.api, "endpoint", url)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", not xet)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(transformers.utils.hub, "_hf_api", None)
         patch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(**vars(time) | {"sleep": lambda _: None}))
         patch.setenv("HF_TOKEN", TOKEN)
@@ -441,6 +444,41 @@ def test_stages_of_a_recipe(server, model_dir, tmp_path, caplog):
     assert b"| ppo | 0.75" in files["README.md"] and files.keys() >= {"accuracy.png", "model.safetensors"}
     (message,) = told_in(caplog)
     assert f"hf upload someone/agent-sft {tmp_path}/sft . --exclude" in message
+
+
+@pytest.mark.parametrize("failure", [503, None])
+def test_a_stage_of_trls_own_trainer(server, model_dir, tmp_path, failure):
+    """As `dpo.py` has it: no failure of the Hub costs it anything, and the token stays at home."""
+    server.fail(failure)
+    asked = DPOConfig(
+        str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="someone/agent",
+        hub_token=TOKEN,
+    )
+    folder = tmp_path / "out" / "dpo"
+    pairs = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    args = stage_arguments(asked, folder)
+    trainer = DPOTrainer(model_dir, args=args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(folder)
+    trainer.create_model_card()
+    assert torch.load(folder / "training_args.bin", weights_only=False).hub_token is None
+    push_stages([folder], asked)
+    assert asked.push_to_hub and asked.hub_token == TOKEN
+    if failure is None:
+        files = server.repositories["someone/agent-dpo"].files
+        assert files.keys() >= {"model.safetensors", "training_args.bin", "README.md"}
+        assert not [name for name, content in files.items() if TOKEN.encode() in content]
 
 
 def test_a_token_copies_but_does_not_pickle():

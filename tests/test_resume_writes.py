@@ -75,6 +75,24 @@ def test_what_there_is_not_is_told(run, tmp_path):
     assert find_checkpoint("auto", nothing) is None and last_checkpoint(nothing) is None
 
 
+CUT_OFF = ["agent_state.json", "agent_work_0.pt", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
+
+
+def test_a_file_that_was_cut_off(model_dir, tmp_path):
+    """By a copy that was interrupted, say: that checkpoint is passed over, and refused by its file's name."""
+    make("ppo-chat", tmp_path, model_dir, save_steps=1, max_steps=2).train()
+    first, second = (tmp_path / f"checkpoint-{step}" for step in (1, 2))
+    for name in [*CUT_OFF, "value_head.safetensors", "trainer_state.json"]:
+        content = (second / name).read_bytes()
+        for size in (0, len(content) // 2, len(content) - 2):
+            (second / name).write_bytes(content[:size])
+            assert find_checkpoint("auto", tmp_path) == str(first), (name, size)
+            with pytest.raises(ValueError, match=f"it has no {name} that can be read. The latest .*checkpoint-1'"):
+                find_checkpoint(str(second), tmp_path)
+        (second / name).write_bytes(content)
+    assert last_checkpoint(tmp_path) == str(second)
+
+
 def test_a_checkpoint_takes_an_earlier_runs_place(tmp_path):
     write(tmp_path / "checkpoint-2", "1")
     write(tmp_path / UNFINISHED / "checkpoint-2", "2")

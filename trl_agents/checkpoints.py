@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -30,12 +31,28 @@ class NotWritten(OSError):
 
 
 def is_whole(folder: str | Path) -> bool:
-    """Whether a folder is a checkpoint that was written to its end."""
-    try:
-        json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    """Whether a folder is a checkpoint that was written, and copied, to its end."""
+    return unreadable_file(folder) is None
+
+
+def unreadable_file(folder: str | Path) -> str | None:
+    """
+    The first file of a checkpoint that is not there to its end, with which resuming would fail much later and without
+    a name; None if all are. Of tensors no more is read than where their file says that it ends.
+    """
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    for path in (Path(folder) / STATE_FILE, *files):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                return path.name
+        except (OSError, ValueError, SafetensorError):
+            return path.name
+    return None
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -81,11 +98,10 @@ def find_checkpoint(asked: str | bool | None, output_dir: str | Path) -> str | N
                 "to begin anew, or use 'auto', which begins anew where there is none."
             )
         return found
-    if not is_whole(asked):
+    if missing := unreadable_file(asked):
         latest = f"The latest whole one in output_dir is {found!r}" if found else "output_dir has no whole one either"
         raise ValueError(
-            f"resume_from_checkpoint={asked!r} is no whole checkpoint: it has no {STATE_FILE} that can be read. "
-            f"{latest}."
+            f"resume_from_checkpoint={asked!r} is no whole checkpoint: it has no {missing} that can be read. {latest}."
         )
     return str(asked)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ._trl import ModelConfig, TrlParser
+from ._trl import GRPOConfig, ModelConfig, TrlParser
 from .data import as_settings, load_questions
-from .hub import stage_repository
+from .hub import Token, stage_repository
 
 
 # Arguments of trainers that no result depends on
@@ -154,9 +154,16 @@ def load_as(training_args: Any, model_args: ModelConfig) -> dict[str, Any]:
 
 
 def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> Any:
-    """The arguments of a recipe's trainer for one stage: in its folder, for its repository on the Hub, `changes`."""
+    """
+    The arguments of a recipe's trainer for one stage: in its folder, for its repository on the Hub, `changes`.
+
+    With them trainers of TRL's own do not push, for they die of a push that fails: [`~report.push_stages`] pushes what
+    they leave. None writes the token into its folder, which is pushed.
+    """
     args = copy.copy(training_args)
     args.hub_model_id = stage_repository(training_args, folder)
+    args.hub_token = Token(args.hub_token) if args.hub_token else None
+    args.push_to_hub = args.push_to_hub and isinstance(args, GRPOConfig)  # ours extend it, and survive
     for name, value in {"output_dir": str(folder), **changes}.items():
         setattr(args, name, value)
     return args

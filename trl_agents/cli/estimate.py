@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from ..estimate.report import describe, estimate, tabulate
     from ..estimate.shape import read_shape
 
+    if not 0 <= args.env_delay < inf:
+        raise ValueError(f"--env_delay {args.env_delay}: give a number of seconds of at least 0.")
     cluster = _cluster_of(args)
     changes = _changes_of(args.set)
     settings = {
@@ -145,8 +148,6 @@ def _changes_of(pairs: list[str]) -> dict[str, Any]:
 
 
 def _named_in(config: str) -> str | None:
-    import yaml
+    from ..estimate.cluster import read_settings
 
-    path = Path(config).expanduser()
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return given.get("model_name_or_path") if isinstance(given, dict) else None
+    return read_settings(config).get("model_name_or_path") if Path(config).expanduser().is_file() else None

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,14 @@ import yaml
 
 
 GIB = 2**30
+
+
+def _check_numbers(described: Any, names: Iterable[str], zero: bool = False) -> None:
+    """Raises `ValueError` for what is no number, or not above 0."""
+    for name in names:
+        value = getattr(described, name)
+        if not isinstance(value, (int, float)) or not (0 < value < inf or zero and value == 0):
+            raise ValueError(f"{name}={value!r}: give a number {'of at least' if zero else 'above'} 0.")
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,9 @@ class GPU:
     bf16_tflops: float
     fp32_tflops: float
     link_gbps: float
+
+    def __post_init__(self):
+        _check_numbers(self, [field.name for field in fields(self) if field.name != "name"])
 
 
 # From NVIDIA's and AMD's public data sheets: dense figures, without sparsity; NVLink, Infinity Fabric and PCIe one
@@ -126,6 +139,14 @@ class Cluster:
     device: str = "cuda"
 
     def __post_init__(self):
+        _check_numbers(self, ("network_gbps", "efficiency", "bandwidth_efficiency"))
+        _check_numbers(self, ("op_seconds", "reserved_gib"), zero=True)
+        for name in ("efficiency", "bandwidth_efficiency"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is a share of the peak: give at most 1.")
+        for name in ("n_gpus", "n_nodes"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r}: give a whole number.")
         if self.n_gpus < 1 or self.n_nodes < 1 or self.n_gpus % self.n_nodes:
             raise ValueError(
                 f"{self.n_gpus} GPUs on {self.n_nodes} nodes: give at least one of each, and as many GPUs on each "
@@ -146,6 +167,13 @@ class Cluster:
     def flops(self, n_bytes: float) -> float:
         """Operations a second of matrix products with numbers of so many bytes."""
         return (self.gpu.bf16_tflops if n_bytes <= 2 else self.gpu.fp32_tflops) * 1e12 * self.efficiency
+
+
+def _as_number(value: Any) -> Any:
+    """YAML takes 6e-6, without a point, for a text."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def find_gpu(name: str) -> GPU:
@@ -174,7 +202,7 @@ def read_cluster(path: str | Path, **changes: Any) -> Cluster:
         **changes:
             Arguments in place of the file's; None leaves the file's.
     """
-    given = _load(path)
+    given = {name: _as_number(value) for name, value in read_settings(path).items()}
     known = {field.name for field in fields(Cluster)} - {"sharding"}
     if unknown := sorted(given.keys() - known):
         raise ValueError(f"{path} says {', '.join(unknown)}, and a cluster has {', '.join(sorted(known))}.")
@@ -182,7 +210,8 @@ def read_cluster(path: str | Path, **changes: Any) -> Cluster:
         raise ValueError(f"{path} names no GPU: add `gpu: H100`, or its figures.")
     if isinstance(given.get("gpu"), Mapping):
         try:
-            given["gpu"] = GPU(**{"name": "GPU", **given["gpu"]})
+            figures = {name: value if name == "name" else _as_number(value) for name, value in given["gpu"].items()}
+            given["gpu"] = GPU(**{"name": "GPU", **figures})
         except TypeError as error:
             names = ", ".join(field.name for field in fields(GPU))
             raise ValueError(f"{path} describes a GPU otherwise than by {names}: {error}.") from None
@@ -193,19 +222,25 @@ def read_cluster(path: str | Path, **changes: Any) -> Cluster:
 
 def read_accelerate(path: str | Path) -> tuple[Sharding, int, int]:
     """A file of `accelerate launch`: how training is spread, over how many GPUs, on how many nodes."""
-    given = _load(path)
+    given = read_settings(path)
     if "distributed_type" not in given:
         raise ValueError(f"{path} has no `distributed_type`: give a file of accelerate_configs/.")
-    kind, n_gpus = str(given["distributed_type"]), int(given.get("num_processes", 1))
+    kind = str(given["distributed_type"])
+    n_gpus, n_nodes = given.get("num_processes", 1), given.get("num_machines", 1)
+    if not (isinstance(n_gpus, int) and isinstance(n_nodes, int)):
+        raise ValueError(f"{path} has num_processes={n_gpus!r} and num_machines={n_nodes!r}: give whole numbers.")
     sharding = Sharding()
     if kind == "DEEPSPEED":
         settings = given.get("deepspeed_config") or {}
         if settings.get("deepspeed_config_file"):
             raise ValueError(f"{path} leaves everything to a file of DeepSpeed's own, which is not read here.")
+        stage = settings.get("zero_stage", 2)
+        if stage not in (1, 2, 3):
+            raise ValueError(f"{path} has zero_stage={stage!r}, and known are 1, 2 and 3.")
         offload = {name: settings.get(f"offload_{name}_device", "none") for name in ("optimizer", "param")}
         sharding = replace(
             sharding,
-            kind=f"zero{settings.get('zero_stage', 2)}",
+            kind=f"zero{stage}",
             offload_optimizer=offload["optimizer"] not in ("none", None),
             offload_parameters=offload["param"] not in ("none", None),
         )
@@ -214,10 +249,11 @@ def read_accelerate(path: str | Path) -> tuple[Sharding, int, int]:
         sharding = replace(sharding, kind="fsdp", offload_optimizer=offload, offload_parameters=offload)
     elif kind.startswith("MULTI_"):
         sharding = replace(sharding, kind="ddp" if n_gpus > 1 else "none")
-    return sharding, n_gpus, int(given.get("num_machines", 1))
+    return sharding, n_gpus, n_nodes
 
 
-def _load(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """A YAML file of settings. Raises `ValueError` for what is none."""
     try:
         given = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:

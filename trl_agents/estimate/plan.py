@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .._trl import ModelConfig, TrlParser
-from .cluster import Cluster
+from .cluster import Cluster, read_settings
 from .episodes import Episode, Reading, measure_reading
 
 
 PROMPT_TOKENS = 256  # of a question, where no environment says
+COUNTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
 METHODS = ("full", "lora", "qlora")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2, None: 4}
 
@@ -180,9 +179,12 @@ def read_plan(
     path = Path(config).expanduser()
     if not path.is_file():
         raise ValueError(f"There is no YAML {config}: give one of recipes/configs/, or one of your own.")
+    given = read_settings(path) | dict(changes or {})
     script = find_script(path) if script is None else Path(script)
     script_args, args, model_args, names = _parse(script, path, cluster.n_gpus, changes or {})
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) | dict(changes or {})
+    for name in COUNTS:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise ValueError(f"{name}={getattr(args, name)!r}: give a number of at least 1.")
     plays, trainer = hasattr(args, "num_generations"), _trainer_of(args)
     adapter = _adapter_of(model_args)
     if positions is None or getattr(args, "max_episode_length", None):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -105,8 +106,15 @@ def read_shape(name: str | Path | None, changes: Mapping[str, Any] | None = None
     if unknown:
         raise ValueError(f"The configuration of {name} ({config.model_type}) has no {', '.join(unknown)}.")
     config = copy.deepcopy(config.get_text_config())
-    for key, value in (changes or {}).items():
-        setattr(config, key, value)
+    try:
+        for key, value in (changes or {}).items():
+            setattr(config, key, value)
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"The configuration of {name} ({config.model_type}) refuses {key}={value!r}: {error}"
+        ) from error
+    if config.num_hidden_layers < 1:
+        raise ValueError(f"{name} with num_hidden_layers={config.num_hidden_layers}: give at least 1.")
     if hasattr(config, "layer_types") and "num_hidden_layers" in (changes or {}):
         config.layer_types = resize_layers(config, config.num_hidden_layers)
     return measure_shape(config, str(name) if name else TINY_NAME, source)

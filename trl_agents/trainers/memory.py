@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -74,22 +75,40 @@ def recall_from(trainer: AgentGRPOTrainer, folder: str) -> None:
         )
 
 
+def agreed_on(checkpoint: str | None) -> str | None:
+    """The checkpoint that all processes have found. Processes that went on from different ones would never meet."""
+    found = gather_object([checkpoint])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"The processes found different checkpoints to resume from, by rank: {found}. Give all machines the same "
+            "files (an output_dir on a disk that they share), or name one that all of them have."
+        )
+    return checkpoint
+
+
 def work_in(trainer: AgentGRPOTrainer, folder: str) -> dict[str, Any] | None:
-    """This process's work in progress in the checkpoint `folder`; None, with a warning, if it is of no use."""
+    """
+    This process's work in progress in the checkpoint `folder`; None, with a warning, if it is of no use, or another
+    process's is not: those that went on with a rollout would wait for ever for those that play a new one.
+    """
     file = Path(folder) / WORK_FILE.format(trainer.accelerator.process_index)
+    work, problem = None, None
     if not file.exists():
         problem = f"it has no {file.name}"
     else:
         try:
             work = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             problem = f"{file.name} cannot be read ({str(error).splitlines()[0]})"
         else:
-            if work["shape"] == trainer.batch_shape:
-                return work
-            problem = f"it was written with {work['shape']}, and this run has {trainer.batch_shape}"
+            if work["shape"] != trainer.batch_shape:
+                problem = f"it was written with {work['shape']}, and this run has {trainer.batch_shape}"
+    problems = [found for found in gather_object([problem]) if found]
+    if not problems:
+        return work
     warnings.warn(
-        f"A rollout that was begun is not gone on with from {folder}: {problem}. The next one is played at once.",
+        f"A rollout that was begun is not gone on with from {folder}: {problem or problems[0]}. The next one is "
+        "played at once.",
         stacklevel=2,
     )
     return None
