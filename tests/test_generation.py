@@ -212,6 +212,12 @@ class TestSlotBackendAgreesWithPlainForwardPasses:
         prompts = {0: [*tokens(0, 26), *replies[0].ids, 5, 6], 1: [*tokens(1, 3), *replies[1].ids, *tokens(2, 20)]}
         check_greedy(backend, model, prompts, budget=3)
 
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    def test_nothing_that_transformers_takes_back(self):
+        """Arguments that it will drop are warned of for some releases, and then lost without a word."""
+        model = model_from(CONFIGS["qwen3"]())
+        check_greedy(greedy(model, 2), model, {0: tokens(1, 9), 1: tokens(2, 4)})
+
     def test_with_lora(self):
         model = get_peft_model(model_from(CONFIGS["qwen3"](), seed=1), LoraConfig(target_modules=["q_proj", "v_proj"]))
         for name, parameter in model.named_parameters():
@@ -486,7 +492,7 @@ class TestUnsupportedModels:
         model = model_from(CONFIGS["gpt2"]())
 
         def count_columns(module, args, kwargs):
-            end = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") else 0
+            end = kwargs["cache"].get_seq_length() if kwargs.get("cache") else 0
             kwargs["position_ids"] = torch.arange(end, end + kwargs["input_ids"].shape[1])[None]
             return args, kwargs
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .attention import CALL_BYTES, GROUPED, PACKED, Segment, attending, best_attention, spans
-from .cache import SlotCache
+from .cache import SlotCache, cache_argument
 
 
 class SlotModel:
@@ -35,6 +35,7 @@ class SlotModel:
         self.config = model.config.get_text_config()
         self.device = model.device
         self.cache = SlotCache(n_slots, self.config.num_hidden_layers)
+        self.with_cache = {cache_argument(model): self.cache, "use_cache": True}
         self.ends = [0] * n_slots  # the first column of each slot in which nothing was written that may still count
         self.attention = best_attention(model)
         self.window = getattr(self.config, "sliding_window", None)
@@ -132,8 +133,7 @@ class SlotModel:
                 input_ids=ids[None],
                 position_ids=positions[None],
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # the segments have masks
-                past_key_values=self.cache,
-                use_cache=True,
+                **self.with_cache,
                 logits_to_keep=last,
             )
         return output.logits[0]
@@ -165,8 +165,7 @@ class SlotModel:
                 input_ids=padded,
                 position_ids=columns.minimum(ends.to(self.device)[:, None]),
                 attention_mask=self._mask(columns),
-                past_key_values=self.cache,
-                use_cache=True,
+                **self.with_cache,
                 logits_to_keep=1,
             )
         logits = output.logits[:, -1]
