@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
@@ -211,6 +212,20 @@ class TestSlotBackendAgreesWithPlainForwardPasses:
         # Slot 0 reads one token and slot 1 twenty: side by side, the padding of slot 0 would stand at position 47
         prompts = {0: [*tokens(0, 26), *replies[0].ids, 5, 6], 1: [*tokens(1, 3), *replies[1].ids, *tokens(2, 20)]}
         check_greedy(backend, model, prompts, budget=3)
+
+    @pytest.mark.parametrize("window", [None, 600], ids=["packed", "blocks"])
+    def test_positions_that_stretch(self, window):
+        """Beyond so many tokens longrope turns all keys of a pass otherwise, for the sake of its longest row."""
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        limits = {"original_max_position_embeddings": 32, "sliding_window": window}
+        model = model_from(Phi3Config(**SHAPE, **limits, rope_parameters=rope))
+        backend = greedy(model, 4)
+        check_greedy(backend, model, {0: tokens(0, 40), 1: tokens(1, 12), 2: tokens(2, 30), 3: tokens(2, 30)}, 9)
+        # One that was short reads its past again, one that was long too; the others have been read already
+        held = [list(slot.ids) for slot in backend.slots]
+        prompts = {0: held[0] + tokens(3, 5), 1: held[1] + tokens(4, 15), 2: held[2][:9], 3: held[3] + tokens(5, 2)}
+        check_greedy(backend, model, prompts)
+        check_greedy(backend, model, {2: tokens(6, 33), 3: tokens(6, 33), 0: tokens(7, 33)}, 3)
 
     @pytest.mark.filterwarnings("error::FutureWarning")
     def test_nothing_that_transformers_takes_back(self):

@@ -96,6 +96,7 @@ class Backend(Protocol):
 class _Slot:
     ids: list[int] = field(default_factory=list)  # prompt + sampled
     n_cached: int = 0  # how many of them the cache holds
+    stretched: bool = False  # see [`SlotModel.stretches`]
     n_prompt: int = 0
     limit: int = 0  # length of `ids` at which the reply is cut off
     is_over: Callable[[list[int]], bool] | None = None
@@ -174,8 +175,12 @@ class SlotBackend:
         active = [index for index, slot in enumerate(self.slots) if slot.active]
         if not active:
             return []
-        self._read_shared(active)
         slots = [self.slots[index] for index in active]
+        for slot in slots:
+            stretched = self.decoder.stretches(len(slot.ids))
+            if stretched != slot.stretched:
+                slot.n_cached, slot.stretched = 0, stretched
+        self._read_shared(active)
         logits = self.decoder.read(
             active, [slot.ids[slot.n_cached :] for slot in slots], [slot.n_cached for slot in slots]
         )  # (b, V)
@@ -196,7 +201,8 @@ class SlotBackend:
         alike: dict[tuple[int, ...], list[int]] = {}
         for index in active:
             slot = self.slots[index]
-            if slot.n_cached == 0 and len(slot.ids) > 1:
+            same_positions = self.decoder.stretches(len(slot.ids) - 1) == slot.stretched
+            if slot.n_cached == 0 and len(slot.ids) > 1 and same_positions:
                 alike.setdefault(tuple(slot.ids[:-1]), []).append(index)
         shared = {ids: members for ids, members in alike.items() if len(members) > 1}
         if not shared:
