@@ -357,9 +357,10 @@ class TestReplies:
         with pytest.raises(ValueError, match="slot 0 is still busy"):
             backend.submit(0, [5, 6], 4, None)
 
-    def test_diverged_weights_are_no_text(self):
+    @pytest.mark.parametrize("temperature", [1.0, 0.0])
+    def test_diverged_weights_are_no_text(self, temperature):
         model = model_from(CONFIGS["qwen3"]())
-        backend = SlotBackend(model, 1, Sampling((EOS,)))
+        backend = SlotBackend(model, 1, Sampling((EOS,), temperature))
         model.lm_head.weight.data.fill_(torch.nan)
         backend.submit(0, [5, 6], 4, np.random.default_rng(0))
         with pytest.raises(FloatingPointError, match="diverged"):

@@ -217,16 +217,17 @@ class SlotBackend:
     def _sample(self, logits: torch.Tensor, active: list[int]) -> list[tuple[int, int, bool]]:
         """`logits` of shape `(len(active), V)` -> (slot, token, whether it ends the reply)."""
         if self.sampling.temperature == 0.0:
-            tokens = logits.argmax(-1)
+            total, tokens = logits.max(-1)  # (b,)
         else:
             # Inverse of the cumulative distribution: one number of the episode's own luck per token
             uniform = [self.slots[index].rng.random() for index in active]
             probs = self.warpers(None, logits.float()).softmax(-1)
             cumulative = probs.cumsum(-1, dtype=torch.float64)  # (b, V)
-            if cumulative[:, -1].isnan().any():
-                raise FloatingPointError("the model's logits are not numbers: its weights have diverged")
-            threshold = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+            total = cumulative[:, -1]  # (b,)
+            threshold = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * total[:, None]
             tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+        if total.isnan().any():
+            raise FloatingPointError("the model's logits are not numbers: its weights have diverged")
         ended = torch.isin(tokens, self.eos)
         return list(zip(active, tokens.tolist(), ended.tolist(), strict=True))
 
