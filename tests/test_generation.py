@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen3Config,
 )
 from transformers.models.auto import AutoModelForCausalLM
@@ -212,6 +213,26 @@ class TestSlotBackendAgreesWithPlainForwardPasses:
         prompts = {0: [*tokens(0, 26), *replies[0].ids, 5, 6], 1: [*tokens(1, 3), *replies[1].ids, *tokens(2, 20)]}
         check_greedy(backend, model, prompts, budget=3)
 
+    @pytest.mark.parametrize("window", [None, 600], ids=["packed", "blocks"])
+    def test_positions_that_stretch(self, window):
+        """Beyond so many tokens longrope turns all keys of a pass otherwise, for the sake of its longest row."""
+        rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        limits = {"original_max_position_embeddings": 32, "sliding_window": window}
+        model = model_from(Phi3Config(**SHAPE, **limits, rope_parameters=rope))
+        backend = greedy(model, 4)
+        check_greedy(backend, model, {0: tokens(0, 40), 1: tokens(1, 12), 2: tokens(2, 30), 3: tokens(2, 30)}, 9)
+        # One that was short reads its past again, one that was long too; the others have been read already
+        held = [list(slot.ids) for slot in backend.slots]
+        prompts = {0: held[0] + tokens(3, 5), 1: held[1] + tokens(4, 15), 2: held[2][:9], 3: held[3] + tokens(5, 2)}
+        check_greedy(backend, model, prompts)
+        check_greedy(backend, model, {2: tokens(6, 33), 3: tokens(6, 33), 0: tokens(7, 33)}, 3)
+
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    def test_nothing_that_transformers_takes_back(self):
+        """Arguments that it will drop are warned of for some releases, and then lost without a word."""
+        model = model_from(CONFIGS["qwen3"]())
+        check_greedy(greedy(model, 2), model, {0: tokens(1, 9), 1: tokens(2, 4)})
+
     def test_with_lora(self):
         model = get_peft_model(model_from(CONFIGS["qwen3"](), seed=1), LoraConfig(target_modules=["q_proj", "v_proj"]))
         for name, parameter in model.named_parameters():
@@ -336,9 +357,10 @@ class TestReplies:
         with pytest.raises(ValueError, match="slot 0 is still busy"):
             backend.submit(0, [5, 6], 4, None)
 
-    def test_diverged_weights_are_no_text(self):
+    @pytest.mark.parametrize("temperature", [1.0, 0.0])
+    def test_diverged_weights_are_no_text(self, temperature):
         model = model_from(CONFIGS["qwen3"]())
-        backend = SlotBackend(model, 1, Sampling((EOS,)))
+        backend = SlotBackend(model, 1, Sampling((EOS,), temperature))
         model.lm_head.weight.data.fill_(torch.nan)
         backend.submit(0, [5, 6], 4, np.random.default_rng(0))
         with pytest.raises(FloatingPointError, match="diverged"):
@@ -486,7 +508,7 @@ class TestUnsupportedModels:
         model = model_from(CONFIGS["gpt2"]())
 
         def count_columns(module, args, kwargs):
-            end = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") else 0
+            end = kwargs["cache"].get_seq_length() if kwargs.get("cache") else 0
             kwargs["position_ids"] = torch.arange(end, end + kwargs["input_ids"].shape[1])[None]
             return args, kwargs
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import string
 import time
 import unicodedata
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from functools import lru_cache
 
 import regex  # a dependency of transformers; unlike `re`, it can be interrupted
 
+from .patterns import HOLE, skeleton
 from .types import InvalidReason, ParsedAction
 
 
@@ -30,7 +30,6 @@ DEFAULT_PATTERN = rf"(?i){_HEAD}(?:[*_]{{2}}[^\S\n]*\n)?\s*+(?P<action>(?:[^\nA]
 
 DEFAULT_TEMPLATE = "ACTION={action}"
 
-_HOLE = "{action}"
 _QUOTES = "\"'`´“”„‘’‚«»‹›"
 _BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">", "（": "）", "【": "】", "「": "」", "《": "》"}
 _WRAPPERS = frozenset(_QUOTES + "*_~=: " + "".join(_BRACKETS) + "".join(_BRACKETS.values()))
@@ -39,15 +38,6 @@ _PUNCTUATION = ".,;:!?…。，！？"
 _TYPOGRAPHY = str.maketrans("‘’“”‐‑", "''\"\"--")
 # A name ends neither inside a word nor before a joiner that leads on: "green-ish", "10.5" and "green's" are others.
 _NAME_ENDS = regex.compile(r"(?![^\W_]|_+[^\W_]|\+|[-'.,:/&@⁄][^\W_])")
-
-# How a pattern is taken apart, to write a text that it matches.
-_QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(?:,\d*)?\}")
-_TOKEN = re.compile(
-    r"\\(?:[pP]\{[^}]*\}|x[0-9a-fA-F]{2}|.)|\[\^?\]?(?:\\.|[^\]\\])*\]"  # an escape, a set
-    r"|\(\?P?<\w+>|\(\?[a-zA-Z-]*[:)]|\(\?(?:[>=!|]|<[=!])|\("  # how a group opens
-    r"|\{\d+(?:,\d*)?\}|\{,\d+\}|.",
-    re.DOTALL,
-)
 
 
 def _spell(text: str) -> str:
@@ -127,67 +117,6 @@ def _trim(captured: str) -> str:
     return text or captured
 
 
-def _holds(token: str, char: str) -> bool:
-    try:
-        return regex.fullmatch(token, char) is not None
-    except regex.error:  # a back-reference
-        return False
-
-
-def _skeleton(pattern: str, target: int) -> str:
-    """
-    Returns a text that `pattern` should match, with `{action}` in the place of its group number `target`.
-
-    A guess that the caller verifies by parsing: optional parts are left out, of several branches the one with the
-    group is taken, else the first.
-    """
-    tokens = _TOKEN.findall(pattern)
-    at = groups = 0
-
-    def branches() -> str:
-        nonlocal at
-        options = [""]
-        while at < len(tokens) and tokens[at] != ")":
-            if tokens[at] == "|":
-                options.append("")
-                at += 1
-            else:
-                options[-1] += piece()
-        at += 1  # the closing bracket
-        return next((option for option in options if _HOLE in option), options[0])
-
-    def piece() -> str:
-        nonlocal at, groups
-        token = tokens[at]
-        at += 1
-        if token.startswith("(?") and token.endswith(")"):  # inline flags
-            return ""
-        if token.startswith("("):
-            captures = token == "(" or token.endswith(">") and token != "(?>"
-            groups += captures
-            number = groups
-            text = branches()
-            if captures and number == target:
-                text = _HOLE
-            elif token in ("(?!", "(?<!"):
-                text = ""
-        elif token in ("^", "$"):
-            text = ""
-        elif token == "." or len(token) > 1:  # a set of characters: the first familiar one it holds
-            text = next((char for char in " =:-a_0A" + token + string.printable if _holds(token, char)), "")
-        else:
-            text = token
-        least = 1
-        if at < len(tokens) and (quantifier := _QUANTIFIER.fullmatch(tokens[at])):
-            least = 1 if quantifier[0] == "+" else int(quantifier[1] or 0)
-            at += 1
-            if at < len(tokens) and tokens[at] in ("?", "+"):  # lazy or possessive
-                at += 1
-        return text if _HOLE in text else text * least
-
-    return branches()
-
-
 class ActionParser:
     r"""
     Takes the action out of what a model wrote, by a stack of regular expressions.
@@ -248,9 +177,9 @@ class ActionParser:
         self.patterns = tuple(patterns)
         self._compiled = tuple(self._compile(pattern) for pattern in patterns)
 
-        if template is not None and (not isinstance(template, str) or template.count(_HOLE) != 1):
+        if template is not None and (not isinstance(template, str) or template.count(HOLE) != 1):
             raise ValueError(
-                f"`template` is a text with '{_HOLE}' in it once, got {template!r}: pass for example "
+                f"`template` is a text with '{HOLE}' in it once, got {template!r}: pass for example "
                 f"{DEFAULT_TEMPLATE!r}."
             )
         self.template = template
@@ -259,9 +188,9 @@ class ActionParser:
         elif self.patterns == (DEFAULT_PATTERN,):
             self._templates = (DEFAULT_TEMPLATE,)
         else:
-            skeletons = [_skeleton(pattern.pattern, group) for pattern, group in self._compiled]
-            candidates = dict.fromkeys([*skeletons, DEFAULT_TEMPLATE, _HOLE])
-            self._templates = tuple(text for text in candidates if text.count(_HOLE) == 1)
+            skeletons = [skeleton(pattern.pattern, group) for pattern, group in self._compiled]
+            candidates = dict.fromkeys([*skeletons, DEFAULT_TEMPLATE, HOLE])
+            self._templates = tuple(text for text in candidates if text.count(HOLE) == 1)
 
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
             raise ValueError(f"`timeout` is a positive number of seconds, got {timeout!r}: pass for example 1.0.")
@@ -335,13 +264,13 @@ class ActionParser:
         """
         names = _Names([action])
         for template in self._templates:
-            text = template.replace(_HOLE, " ".join(action.split()))
+            text = template.replace(HOLE, " ".join(action.split()))
             if self._parse(text, names, False).action == action:
                 return text
         raise ValueError(
             f"No pattern can produce the legal action {action!r}: none of {list(self.patterns)} reads it back from "
-            f"{[template.replace(_HOLE, action) for template in self._templates]}. Widen what the group captures, "
-            f"rename the action, or pass `template=` (a text with '{_HOLE}' in it) to show how a reply states one."
+            f"{[template.replace(HOLE, action) for template in self._templates]}. Widen what the group captures, "
+            f"rename the action, or pass `template=` (a text with '{HOLE}' in it) to show how a reply states one."
         )
 
     def check_legal_actions(self, legal_actions: Sequence[str]) -> None:

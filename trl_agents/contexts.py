@@ -24,6 +24,9 @@ PLAIN_CHAT_TEMPLATE = (
 # Stands for a reply while the template is rendered around it; no template or tokenizer alters plain letters.
 _REPLY = "trlagentsreply"
 
+# Stands before what looks like a control token and is only text. No text has it: to Unicode it is no character.
+_QUOTED = "\ufdd0"
+
 
 @dataclass(frozen=True, slots=True)
 class Briefing:
@@ -63,14 +66,33 @@ class _Context:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         if getattr(tokenizer, "chat_template", None) is None:
             self.chat_template_kwargs.setdefault("chat_template", PLAIN_CHAT_TEMPLATE)
+        controls = sorted(_control_tokens(tokenizer), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+        self._quoted_control = re.compile(f"{_QUOTED}({self._control.pattern})")
 
     def render(self, messages: list[dict[str, str]]) -> str:
+        """The text around `messages`, in which [`encode`] reads only the template's own control tokens as such."""
+        messages = [{**message, "content": self._quote(message["content"])} for message in messages]
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        """The ids of what [`render`] returned, or of a part of it."""
+        if _QUOTED not in text:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        ids = []
+        for number, part in enumerate(self._quoted_control.split(text)):
+            plain = {"split_special_tokens": True} if number % 2 else {}
+            ids += self.tokenizer.encode(part, add_special_tokens=False, **plain) if part else []
+        return ids
+
+    def encode_words(self, text: str) -> list[int]:
+        """The ids of what somebody said: nothing in it is a control token, whatever it looks like."""
+        return self.encode(self._quote(text))
+
+    def _quote(self, text: str) -> str:
+        return self._control.sub(lambda found: _QUOTED + found[0], text)
 
     def decode(self, ids: tuple[int, ...]) -> str:
         """The text of a reply, without the token that ended it."""
@@ -109,10 +131,16 @@ class _Context:
         """The ids of a reply that somebody else writes in the model's place, as if the model had ended it."""
         ids = self._encode_after_reply(self._after_reply("?"))
         closing = [token for token in ids[:3] if token in self.eos_token_ids]
-        return [*self.encode(text), *(closing or [self.tokenizer.eos_token_id or min(self.eos_token_ids)])[:1]]
+        return [*self.encode_words(text), *(closing or [self.tokenizer.eos_token_id or min(self.eos_token_ids)])[:1]]
 
     def begin(self, briefing: Briefing, observation: str, info: Mapping[str, Any]):
         raise NotImplementedError
+
+
+def _control_tokens(tokenizer: Any) -> set[str]:
+    """What a tokenizer does not read letter by letter, because it begins or ends messages and the like."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*getattr(tokenizer, "all_special_tokens", ()), *(token.content for token in added if token.special)} - {""}
 
 
 class ChatContext(_Context):

@@ -249,7 +249,7 @@ def _exchanges(episode: LoggedEpisode, context: Any, end: int) -> Iterator[tuple
         for number, message in enumerate(episode.messages):
             if message["role"] == "assistant" and number >= episode.given:
                 prompt_ids = context.encode(context.render(list(episode.messages[:number])))
-                yield prompt_ids, [*context.encode(message["content"]), end], True
+                yield prompt_ids, [*context.encode_words(message["content"]), end], True
     elif episode.trajectory is None:
         tokenizer = context.tokenizer
         prompt_ids = tokenizer(episode.prompt)["input_ids"]
@@ -271,7 +271,7 @@ def _reply_ids(turn: Turn, context: Any, end: int) -> list[int]:
     if turn.action_ids and max(turn.action_ids) < len(context.tokenizer):
         if context.decode(turn.action_ids) == turn.text:
             return list(turn.action_ids)
-    return [*context.encode(turn.text), *([] if turn.cut_off else [end])]
+    return [*context.encode_words(turn.text), *([] if turn.cut_off else [end])]
 
 
 def _join(exchanges: Iterable[tuple[list[int], list[int], bool]]) -> Iterator[tuple[list[int], list[int]]]:

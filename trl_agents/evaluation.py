@@ -21,7 +21,8 @@ from .envs.make import make_env
 from .exploration import Exploration, make_exploration
 from .rollout.generation import Sampling, SlotBackend, replay
 from .rollout.metrics import coverage, regret
-from .rollout.play import Episode, Player, Rules
+from .rollout.play import Player
+from .rollout.rules import Episode, Rules
 from .rollout.workers import EnvPool
 from .types import StopReason, Trajectory
 

@@ -158,7 +158,8 @@ class SeparateCritic(ValueHead):
     def _hear(self, trunk: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if self._heard is not None:
             # What the policy's trunk was given, but for its cache
-            inputs = {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
+            cached = ("cache", "past_key_values", "use_cache")
+            inputs = {name: value for name, value in kwargs.items() if name not in cached}
             self._heard.append(self(self.trunk(*args, **inputs, use_cache=False).last_hidden_state))
 
     def _take(self, reward_model: PreTrainedModel) -> None:

@@ -24,6 +24,13 @@ the overwriting is the same code everywhere. So `trl` and `ours` make the same r
 medians over repeats; the systems take turns, so that a busy machine is busy for all of them.
 
 The last reply of an episode calls the environment in vain in `trl`: its loop ends with a reply, ours with a step.
+
+Where the time of `ours` goes (50 turns, one thread): 98% into the model's own passes (`Clock.model` of `Clock.wall`),
+two thirds of which are matrix products and attention. Tried and left:
+- `torch.inference_mode` in place of `no_grad`: 0.94 of the computing time at 5 turns, 0.99 at 20 (medians of 4). What
+  a model makes at its first pass (longrope's frequencies) would then be lost to training.
+- two `matmul` in place of `sdpa` where 8 rows read a token each: 0.85 to 1.12 of its time, by the shape.
+There was no GPU to fill the table of `--device cuda` with.
 """
 
 from __future__ import annotations

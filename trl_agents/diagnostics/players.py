@@ -27,8 +27,8 @@ from ..contexts import Briefing, make_context
 from ..evaluation import play_agents, play_model
 from ..exploration import Exploration
 from ..rollout.generation import BatchBackend, Reply
-from ..rollout.play import Episode, Rules
 from ..rollout.play import Player as Rollout
+from ..rollout.rules import Episode, Rules
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
 from .histories import History

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..rollout.attention import attending
+from ..rollout.cache import cache_argument
 from ..rollout.slots import SlotModel
 
 
@@ -275,7 +276,7 @@ class _TreeReader(SlotModel):
                 input_ids=torch.tensor([tokens], device=self.device),
                 position_ids=torch.from_numpy(depths).to(self.device)[None],
                 attention_mask=mask,
-                past_key_values=self.cache,
+                **{cache_argument(self.model): self.cache},
                 use_cache=True,
                 logits_to_keep=keep,
             )

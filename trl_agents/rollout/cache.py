@@ -7,10 +7,18 @@ A key-value cache of independent slots: every row has its own length, so episode
 
 from __future__ import annotations
 
+import inspect
 import weakref
 
 import torch
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's `forward` calls its cache. transformers renamed it, code from the Hub may not have."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
 class SlotLayer(CacheLayerMixin):

@@ -96,6 +96,7 @@ class Backend(Protocol):
 class _Slot:
     ids: list[int] = field(default_factory=list)  # prompt + sampled
     n_cached: int = 0  # how many of them the cache holds
+    stretched: bool = False  # see [`SlotModel.stretches`]
     n_prompt: int = 0
     limit: int = 0  # length of `ids` at which the reply is cut off
     is_over: Callable[[list[int]], bool] | None = None
@@ -174,8 +175,12 @@ class SlotBackend:
         active = [index for index, slot in enumerate(self.slots) if slot.active]
         if not active:
             return []
-        self._read_shared(active)
         slots = [self.slots[index] for index in active]
+        for slot in slots:
+            stretched = self.decoder.stretches(len(slot.ids))
+            if stretched != slot.stretched:
+                slot.n_cached, slot.stretched = 0, stretched
+        self._read_shared(active)
         logits = self.decoder.read(
             active, [slot.ids[slot.n_cached :] for slot in slots], [slot.n_cached for slot in slots]
         )  # (b, V)
@@ -196,7 +201,8 @@ class SlotBackend:
         alike: dict[tuple[int, ...], list[int]] = {}
         for index in active:
             slot = self.slots[index]
-            if slot.n_cached == 0 and len(slot.ids) > 1:
+            same_positions = self.decoder.stretches(len(slot.ids) - 1) == slot.stretched
+            if slot.n_cached == 0 and len(slot.ids) > 1 and same_positions:
                 alike.setdefault(tuple(slot.ids[:-1]), []).append(index)
         shared = {ids: members for ids, members in alike.items() if len(members) > 1}
         if not shared:
@@ -211,16 +217,17 @@ class SlotBackend:
     def _sample(self, logits: torch.Tensor, active: list[int]) -> list[tuple[int, int, bool]]:
         """`logits` of shape `(len(active), V)` -> (slot, token, whether it ends the reply)."""
         if self.sampling.temperature == 0.0:
-            tokens = logits.argmax(-1)
+            total, tokens = logits.max(-1)  # (b,)
         else:
             # Inverse of the cumulative distribution: one number of the episode's own luck per token
             uniform = [self.slots[index].rng.random() for index in active]
             probs = self.warpers(None, logits.float()).softmax(-1)
             cumulative = probs.cumsum(-1, dtype=torch.float64)  # (b, V)
-            if cumulative[:, -1].isnan().any():
-                raise FloatingPointError("the model's logits are not numbers: its weights have diverged")
-            threshold = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+            total = cumulative[:, -1]  # (b,)
+            threshold = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * total[:, None]
             tokens = (cumulative <= threshold).sum(-1).clamp(max=logits.shape[-1] - 1)
+        if total.isnan().any():
+            raise FloatingPointError("the model's logits are not numbers: its weights have diverged")
         ended = torch.isin(tokens, self.eos)
         return list(zip(active, tokens.tolist(), ended.tolist(), strict=True))
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention import CALL_BYTES, GROUPED, PACKED, Segment, attending, best_attention, spans
-from .cache import SlotCache
+from .cache import SlotCache, cache_argument
 
 
 class SlotModel:
@@ -35,9 +35,11 @@ class SlotModel:
         self.config = model.config.get_text_config()
         self.device = model.device
         self.cache = SlotCache(n_slots, self.config.num_hidden_layers)
+        self.with_cache = {cache_argument(model): self.cache, "use_cache": True}
         self.ends = [0] * n_slots  # the first column of each slot in which nothing was written that may still count
         self.attention = best_attention(model)
         self.window = getattr(self.config, "sliding_window", None)
+        self.stretches_beyond = _stretches_beyond(self.config)
         self.layer_types = set(getattr(self.config, "layer_types", None) or [])
         if not self.layer_types and not _makes_sliding_masks(model):
             self.window = None  # an entry of the configuration that the model's code does not read
@@ -80,6 +82,27 @@ class SlotModel:
         rows, tokens, starts = list(rows), [list(row) for row in tokens], list(starts)
         for row, new, start in zip(rows, tokens, starts, strict=True):
             self.ends[row] = start + len(new)
+        passes = self._alike(tokens, starts)
+        if len(passes) == 1:
+            return self._read(rows, tokens, starts)
+        logits = [self._read(*([part[i] for i in alike] for part in (rows, tokens, starts))) for alike in passes]
+        return torch.cat(logits)[torch.tensor([i for alike in passes for i in alike]).argsort()]
+
+    def stretches(self, length: int) -> bool:
+        """Whether a row of so many tokens stands at other positions than a shorter one, from its first token on."""
+        return self.stretches_beyond is not None and length > self.stretches_beyond
+
+    def _alike(self, tokens: list[list[int]], starts: list[int]) -> list[list[int]]:
+        """Which rows share a pass: all, unless the longest of them would stretch the positions of the others."""
+        passes: dict[int | None, list[int]] = {}
+        for number, (new, start) in enumerate(zip(tokens, starts, strict=True)):
+            # With others its last token would be read apart, and the rest perhaps be too short to be stretched
+            alone = self.stretches(start + len(new)) and len(new) > 1
+            kind = number if alone else -1 - self.stretches(start + len(new))
+            passes.setdefault(kind, []).append(number)
+        return list(passes.values())
+
+    def _read(self, rows: list[int], tokens: list[list[int]], starts: list[int]) -> torch.Tensor:
         if self.packs:
             return self._read_packed(rows, tokens, starts)
         lengths = [len(row) for row in tokens]
@@ -132,8 +155,7 @@ class SlotModel:
                 input_ids=ids[None],
                 position_ids=positions[None],
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # the segments have masks
-                past_key_values=self.cache,
-                use_cache=True,
+                **self.with_cache,
                 logits_to_keep=last,
             )
         return output.logits[0]
@@ -158,6 +180,8 @@ class SlotModel:
         # To the model it stands at the last token's position: it may not run past a table of learnt positions, nor
         # change rotary embeddings that depend on the largest position
         ends = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)])
+        if wanted is not None:
+            ends[[row not in place for row in rows]] = 0  # theirs is read by nobody, and must change nobody's
         slots = None if len(rows) == block else torch.tensor(rows, device=self.device)
         self.cache.aim(slots, columns, max(starts) + width)
         with attending(self.config, self.attention):
@@ -165,8 +189,7 @@ class SlotModel:
                 input_ids=padded,
                 position_ids=columns.minimum(ends.to(self.device)[:, None]),
                 attention_mask=self._mask(columns),
-                past_key_values=self.cache,
-                use_cache=True,
+                **self.with_cache,
                 logits_to_keep=1,
             )
         logits = output.logits[:, -1]
@@ -190,6 +213,14 @@ class SlotModel:
         return torch.zeros(allowed.shape, dtype=dtype, device=self.device).masked_fill(
             ~allowed, torch.finfo(dtype).min
         )
+
+
+def _stretches_beyond(config: PreTrainedConfig) -> int | None:
+    """From how many tokens on `config` has other positions for all of them, the first included; None: never."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(limits, default=None)
 
 
 # Answers of `_disagreement`, each with the attention it was found with, and whether tokens may be packed.

@@ -8,7 +8,7 @@ from typing import Any
 
 from .._trl import GRPOConfig
 from ..exploration import make_exploration
-from ..rollout.play import INVALID_ACTION_CHOICES
+from ..rollout.rules import INVALID_ACTION_CHOICES
 
 
 _CHOICES = {
