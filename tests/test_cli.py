@@ -466,6 +466,12 @@ def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
     assert "4 episodes" in capsys.readouterr().out and "read the episodes" in (after / "report.html").read_text()
     error = error_of(capsys, "diagnose", "random", "--output_dir", str(tmp_path / "c"), "--compare", str(tmp_path))
     assert "there is no" in error and "diagnostics.json" in error
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "diagnostics.json").write_text('{"parts"')
+    error = error_of(
+        capsys, "diagnose", "random", "--output_dir", str(tmp_path / "c"), "--compare", str(tmp_path / "broken")
+    )
+    assert "is no JSON" in error and not (tmp_path / "c" / "diagnostics.json").exists()
 
 
 def test_view_a_file_a_folder_and_another_place(capsys, tmp_path, monkeypatch):

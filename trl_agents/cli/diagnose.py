@@ -58,13 +58,16 @@ def run(args: argparse.Namespace) -> int:
     check_model_arguments(args, [player])
     make_named_env(args.env, args.env_kwargs).close()
     folder = writable_folder(args.output_dir)
-    for other in args.compare:
+
+    from ..diagnostics.report import read_diagnosis, write_report
+
+    for other in args.compare:  # before hours of measuring
         if not (Path(other) / "diagnostics.json").exists():
             raise ValueError(f"--compare {other}: there is no {Path(other) / 'diagnostics.json'}; diagnose it first.")
+        read_diagnosis(other)
 
     from ..actions import ActionParser
     from ..diagnostics import diagnose
-    from ..diagnostics.report import write_report
     from ..viewer import write_page
     from .view import read_folder
 

@@ -79,7 +79,7 @@ def write_report(diagnoses: Sequence[str | Path | Mapping[str, Any]], path: str 
     if path is None and folders[-1] is None:
         raise ValueError("path=None needs a folder to write to: give a path, or the folder of the diagnosis.")
     path = Path(path) if path is not None else folders[-1] / "report.html"
-    read = [one if isinstance(one, Mapping) else _read(one) for one in diagnoses]
+    read = [one if isinstance(one, Mapping) else read_diagnosis(one) for one in diagnoses]
     named = dict(zip(_labels(read, folders), read, strict=True))
     links = {
         label: Path(os.path.relpath(folder / "episodes.html", path.parent)).as_posix()
@@ -97,7 +97,8 @@ def _folder(path: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_diagnosis(path: str | Path) -> dict[str, Any]:
+    """What a folder's `diagnostics.json` holds; a `ValueError` says why it holds none."""
     path = Path(path)
     path = path / "diagnostics.json" if path.is_dir() else path
     try:
