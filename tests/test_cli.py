@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from scripted import save_tiny_model
 
-from trl_agents.cli import main
+from trl_agents.cli import evaluate, main
 from trl_agents.cli.named import close_to
 from trl_agents.cli.play import read_action
 from trl_agents.cli.players import name_player, name_players
@@ -77,7 +78,21 @@ def test_each_command_helps_with_examples(command, capsys):
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         main(arguments)
-    assert left.value.code == 2 and "error:" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and "error: " in error and "--help` tells more" in error and error.count("\n") == 1
+
+
+def test_what_libraries_deprecate_is_not_told_to_users(capsys, monkeypatch):
+    def run(args):
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.warn(f"a {category.__name__}", category, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr("trl_agents.cli.view.run", run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["view", "x"]) == 0
+    assert capsys.readouterr().err == "trl-agents: note: a UserWarning\n"
 
 
 def test_console_script_and_assets_are_declared():
@@ -111,6 +126,12 @@ def test_console_script_and_assets_are_declared():
         (["eval", "./nothing"], ["There is no folder ./nothing"]),
         (["eval", "random", "--env", "Bandits-v0"], ["Did you mean trl_agents/Bandit-v0?"]),
         (["diagnose", "ucb", "--output_dir", "x", "--env", "Bandits-v0"], ["Did you mean trl_agents/Bandit-v0?"]),
+        (["eval", "random", "--window", "3"], ["--window 3", "add that"]),
+        (
+            ["eval", "random", "ucb", "--exploration", "try_all"],
+            ["--exploration try_all", "random and ucb", "name a model"],
+        ),
+        (["diagnose", "ucb", "--output_dir", "x", "--exploration", "try_all"], ["--exploration try_all"]),
         (["view", "nothing.jsonl"], ["There is no file or folder nothing.jsonl"]),
     ],
 )
@@ -119,6 +140,36 @@ def test_mistakes_are_one_line(arguments, told, capsys, tmp_path, monkeypatch):
     error = error_of(capsys, *arguments)
     assert all(part in error for part in told), error
     assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["eval", "random", "--temperature", "-1"], "'-1' is no number of at least 0"),
+        (["eval", "random", "--temperature", "nan"], "'nan' is no number"),
+        (["eval", "random", "--window", "-1", "--context", "window"], "'-1' is no whole number"),
+        (["diagnose", "ucb", "--output_dir", "x", "--parts", "greedyness"], "choose from"),
+    ],
+)
+def test_arguments_are_checked_before_a_model_is_loaded(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert told in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_a_device_or_type_that_is_not_there(capsys, tmp_path, model):
+    settings = ["--num_episodes", "1", "--output_dir", str(tmp_path)]
+    for name, value in (("--device", "cuda:77"), ("--device", "toaster"), ("--dtype", "float7"), ("--dtype", "nn")):
+        assert f"{name} {value}" in error_of(capsys, "eval", f"m={model}", *settings, name, value)
+
+
+def test_where_an_episode_cannot_be_saved_it_is_not_begun(capsys, tmp_path, monkeypatch):
+    """Not told after somebody has played it."""
+    answers(monkeypatch, AssertionError("the episode has begun"))
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in error_of(capsys, "play", BANDIT, "--save", str(tmp_path / "file" / "a.jsonl"))
+    assert "is a folder" in error_of(capsys, "play", BANDIT, "--save", str(tmp_path))
 
 
 def test_env_kwargs_must_be_an_object(capsys):
@@ -310,6 +361,55 @@ def test_eval_compares_players_and_models_on_the_same_seeds(capsys, tmp_path, mo
     assert (folder / "regret.png").read_bytes().startswith(b"\x89PNG") and (folder / "episodes.html").exists()
 
 
+def test_eval_goes_on_where_it_was_interrupted(capsys, tmp_path, model, monkeypatch):
+    settings = ["--env_kwargs", SMALL, "--num_episodes", "3", "--max_new_tokens", "6"]
+    players = ["random", f"mine={model}", "ucb"]
+    whole, folder = tmp_path / "whole", tmp_path / "eval"
+    assert main(["eval", *players, *settings, "--output_dir", str(whole)]) == 0
+    play, asked = evaluate.play_named, []
+
+    def interrupted(player, *arguments, **more):
+        asked.append(player.label)
+        if asked.count("ucb") == 1 and player.label == "ucb":
+            raise KeyboardInterrupt
+        return play(player, *arguments, **more)
+
+    monkeypatch.setattr(evaluate, "play_named", interrupted)
+    assert main(["eval", *players, *settings, "--output_dir", str(folder)]) == 130
+    assert not (folder / "metrics.json").exists()
+    capsys.readouterr()
+    assert main(["eval", *players, *settings, "--output_dir", str(folder)]) == 0
+    assert asked == ["random", "mine", "ucb", "ucb"]
+    assert "mine had finished when this was interrupted" in capsys.readouterr().err
+    for name in ("episodes.jsonl", "episodes.html"):
+        assert (folder / name).read_text() == (whole / name).read_text()
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (folder, whole)]
+    assert [{**one, "settings": None} for one in metrics][0] == {**metrics[1], "settings": None}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
+    # What is whole is measured anew: a model may have been trained on in the meantime
+    assert main(["eval", *players, *settings, "--output_dir", str(folder)]) == 0 and len(asked) == 7
+
+
+@pytest.mark.parametrize("change", ["settings", "weights", "broken"])
+def test_eval_does_not_go_on_with_what_is_another_s(tmp_path, change, monkeypatch):
+    model = save_tiny_model(tmp_path / "model")
+    settings = ["--env_kwargs", SMALL, "--num_episodes", "2", "--max_new_tokens", "4", "--output_dir"]
+    play, asked = evaluate.play_named, []
+    monkeypatch.setattr(
+        evaluate, "play_named", lambda player, *a, **k: asked.append(player.label) or play(player, *a, **k)
+    )
+    folder = tmp_path / "eval"
+    assert main(["eval", f"mine={model}", "./nothing=minimax", *settings, str(folder)]) == 2  # it cannot play this
+    assert asked == ["mine", "./nothing"]
+    if change == "weights":
+        os.utime(tmp_path / "model" / "config.json", ns=(1, 1))
+    elif change == "broken":
+        next((folder / "_unfinished").iterdir()).write_text('{"made')
+    more = ["--seed", "1"] if change == "settings" else []
+    assert main(["eval", f"mine={model}", *settings, str(folder), *more]) == 0
+    assert asked == ["mine", "./nothing", "mine"] and not (folder / "_unfinished").exists()
+
+
 def test_eval_without_regret(capsys, tmp_path):
     arguments = ["--env", "trl_agents/TicTacToe-v0", "--num_episodes", "3", "--output_dir", str(tmp_path)]
     assert main(["eval", "random", "best=minimax", *arguments]) == 0
@@ -366,6 +466,12 @@ def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
     assert "4 episodes" in capsys.readouterr().out and "read the episodes" in (after / "report.html").read_text()
     error = error_of(capsys, "diagnose", "random", "--output_dir", str(tmp_path / "c"), "--compare", str(tmp_path))
     assert "there is no" in error and "diagnostics.json" in error
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "diagnostics.json").write_text('{"parts"')
+    error = error_of(
+        capsys, "diagnose", "random", "--output_dir", str(tmp_path / "c"), "--compare", str(tmp_path / "broken")
+    )
+    assert "is no JSON" in error and not (tmp_path / "c" / "diagnostics.json").exists()
 
 
 def test_view_a_file_a_folder_and_another_place(capsys, tmp_path, monkeypatch):

@@ -277,6 +277,7 @@ class TestInTheLoop:
             # One name an arm and one arm a name, at every turn
             assert len(set(names.values())) == len(names)
             assert [names[action] for action in played[:number]] == shown
+            assert trajectory.turns[number].observation in prompt  # what was read, for who reads the episode later
             if played[number] in names:
                 assert names[played[number]] == "blue"
 

@@ -31,9 +31,12 @@ def make_diagnosis(player="model", coverage=0.61, frequent=0.73):
     grows = [coverage * (1 - math.exp(-step / 4)) for step in range(1, STEPS + 1)]
     measures = {
         "coverage": {player: interval(coverage), "random": interval(0.97)},
+        "chosen_coverage": {player: interval(coverage - 0.1)},
+        "suffix_failure": {player: interval(0.33)},
         "regret": {player: interval(31.25)},
     }
     windows = {name: {"frequent": frequent, "greedy": 0.9 - frequent, "other": 0.1} for name in ("0-10", "45-55")}
+    bias = {name: {category: interval(share) for category, share in row.items()} for name, row in windows.items()}
     joint = {"correct": {"optimal": 21.6, "greedy": 58.1, "other": 10.6}, "wrong": {"optimal": 0.6, "greedy": 9.1}}
     return {
         "player": player,
@@ -51,12 +54,18 @@ def make_diagnosis(player="model", coverage=0.61, frequent=0.73):
                 "max_entropy": math.log(10),
                 "correlation": -0.67,
                 "windows": windows,
+                "window_intervals": bias,
                 "forward_passes": 1250,
                 "naive_forward_passes": 25250,
                 "seconds": 12.3,
             },
             "knowing_doing": {
                 "joint": joint,
+                "joint_intervals": {
+                    knowing: {doing: interval(value, 5) for doing, value in row.items()}
+                    for knowing, row in joint.items()
+                },
+                "correct": interval(90.3, 2),
                 "conditional": {"correct": {"optimal": 23.9, "greedy": 64.3, "other": 11.7}},
                 "n_steps": 3200,
                 "missing_block": 17,
@@ -90,10 +99,56 @@ def test_report_shows_the_figures(tmp_path):
     for figure in (
         *("0.61 [0.56, 0.66]", "0.97 [0.92, 1.02]", "31.25 [31.20, 31.30]"),
         *("Invalid replies: 2.0% [1.0%, 3.0%]", "Probability on no answer: 30.0%", "12.0% [11.0%, 13.0%]"),
-        *("-0.67", "1,250 (25,250)", "73%", "58.1", "64.3", "90.3", "3,200 steps, 17 without readable values"),
+        *(
+            "73.0% [68.0%, 78.0%]",
+            "58.1 [53.1, 63.1]",
+            "-0.67",
+            "1,250 (25,250)",
+            "73%",
+            "58.1",
+            "64.3",
+            "90.3",
+            "3,200 steps, 17 without readable values",
+        ),
         *("n_instances 64", "context window", "trl_agents/Bandit-v0 (n_arms=10)"),
     ):
         assert figure in text, figure
+
+
+def test_what_a_reader_wants_to_know_first_comes_first(tmp_path):
+    before, after = make_diagnosis("warmup", 0.41, 0.8), make_diagnosis("rlft", 0.85, 0.2)
+    del after["parts"]["knowing_doing"]
+    text = plain(write_report([before, after], tmp_path / "r.html"))
+    in_short = text[text.index("In short") : text.index("Greediness")]
+    for figures in (
+        "actions tried by the end 41% [36%, 46%] 85% [80%, 90%]",
+        "... by its own choice 31% [26%, 36%] 75% [70%, 80%]",
+        "second halves without the best action 33% [28%, 38%]",
+        "repeats the frequent action, 45-55 repetitions 80% [75%, 85%] 20% [15%, 25%]",
+        "knows the right action by UCB, % of steps 90 [88, 92]",
+        "... and plays the greedy one, % of these 64",
+        "invalid replies 2% [1%, 3%] 2% [1%, 3%]",
+    ):
+        assert figures in in_short, figures
+
+
+def test_a_reference_is_not_taken_for_the_diagnosis_of_its_name(tmp_path):
+    model, ucb = make_diagnosis("model", 0.41), make_diagnosis("ucb", 0.99)
+    model["parts"]["greediness"]["measures"]["coverage"]["ucb"] = interval(0.7)
+    model["parts"]["greediness"]["measures"]["regret"]["ucb"] = interval(6.6)
+    ucb["parts"]["greediness"]["measures"]["regret"]["ucb"] = interval(15.26)
+    for own in ([model, ucb], [ucb, model]):
+        text = plain(write_report(own, tmp_path / "r.html"))
+        assert "15.26 [" in text and "6.60 [" not in text and "0.99 [" in text and "0.70 [" not in text
+
+
+def test_different_environments_are_told_and_share_no_reference(tmp_path):
+    five, ten = make_diagnosis("model", 0.41), make_diagnosis("model", 0.85)
+    five["env"]["kwargs"], five["parts"]["frequency_bias"]["max_entropy"] = {"n_arms": 5}, math.log(5)
+    text = plain(write_report([five, ten], tmp_path / "r.html"))
+    assert "in different environments" in text and "0.97 [" not in text  # the random player's coverage
+    assert "all actions alike (1.61)" in text and "all actions alike (2.30)" in text
+    assert "in different environments" not in plain(write_report([ten, ten], tmp_path / "r.html"))
 
 
 def test_report_of_two_has_both_and_links_to_their_episodes(tmp_path):
@@ -103,6 +158,8 @@ def test_report_of_two_has_both_and_links_to_their_episodes(tmp_path):
     path = write_report([before, after])
     text, markup = plain(path), path.read_text()
     assert "Diagnosis of run/warmup and run" in text  # without the folder they share
+    three = plain(write_report([make_diagnosis(name) for name in "abc"], tmp_path / "three.html"))
+    assert "Diagnosis of a, b and c" in three
     assert "0.41 [0.36, 0.46] 0.85 [0.80, 0.90] 0.97 [0.92, 1.02]" in text  # before, after, the reference once
     assert "80%" in text and "20%" in text
     assert 'href="../a/before/episodes.html"' in markup and markup.count("read the episodes") == 1

@@ -278,6 +278,8 @@ def test_what_an_exploration_mechanism_did_is_told(browser, tmp_path):
     forced, own = text_of(browser, ".turn").split("|")
     assert "mechanism wrote this reply" in forced and "Drafts" not in forced
     assert "mechanism wrote" not in own and "bonus 1" in own and "Drafts" in own and "<b>red</b>" in own
+    apply(browser, "search.value = '<b>RED', search.dispatchEvent(new Event('input'))")
+    assert len(rows(browser)) == 1 and text_of(browser, ".drafts mark") == "<b>red"
     assert browser.errors == []
 
 
@@ -299,7 +301,7 @@ def test_filters(browser, page):
     apply(browser, "document.getElementById('invalid').click()")
     assert rows(browser) == ["3. second"]
     assert text_of(browser, ".turn h3") == "Turn 2"  # of its two turns the invalid one
-    assert "1 valid turns are hidden" in text_of(browser, ".end")
+    assert "1 valid turn is hidden" in text_of(browser, ".end")
     apply(browser, "document.getElementById('invalid').click()")
     apply(browser, "seed.value = '8', seed.dispatchEvent(new Event('input'))")
     assert rows(browser) == ["2. first"]

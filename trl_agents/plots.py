@@ -309,7 +309,7 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
 
 
 def _finish(figure: Figure, axes, path: str | Path) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -91,7 +91,7 @@ def _turn_record(turn: Turn, legal_actions: Sequence[str] | None) -> dict[str, A
         record["reason"] = turn.parsed.reason.value
         record |= {"penalty": turn.penalty} if turn.penalty else {}
         record |= {"legal_actions": list(legal_actions)} if legal_actions else {}
-    record |= {name: _storable(turn.info[name]) for name in ("transition", "regret", "optimal") if name in turn.info}
+    record |= {name: storable(turn.info[name]) for name in ("transition", "regret", "optimal") if name in turn.info}
     record |= {name: True for name in ("cut_off", "forced") if getattr(turn, name)}
     record |= {"bonus": turn.bonus} if turn.bonus else {}
     record |= {"drafts": list(turn.drafts)} if turn.drafts else {}
@@ -101,7 +101,7 @@ def _turn_record(turn: Turn, legal_actions: Sequence[str] | None) -> dict[str, A
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
     """Write `records` to an episodes file, an episode a line. The file is there when it is whole, or not at all."""
-    rows = (json.dumps(_storable(record), default=str) for record in records)
+    rows = (json.dumps(storable(record), default=str) for record in records)
     return write_text(path, "".join(f"{row}\n" for row in rows))
 
 
@@ -327,10 +327,10 @@ def _number(value: Any) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _storable(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """NumPy's numbers, which environments put into `info`, as Python's."""
     if isinstance(value, Mapping):
-        return {str(name): _storable(one) for name, one in value.items()}
+        return {str(name): storable(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_storable(one) for one in value]
+        return [storable(one) for one in value]
     return value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value

@@ -163,7 +163,8 @@
     draw.end = make("div", { class: "end" });
     draw.closing = () => {
       const hidden = episode.turns.length - draw.turns.length;
-      const lines = hidden ? [make("p", {}, `${hidden} valid turns are hidden by the filter.`)] : [];
+      const are = hidden === 1 ? "turn is" : "turns are";
+      const lines = hidden ? [make("p", {}, `${hidden} valid ${are} hidden by the filter.`)] : [];
       return episode.final ? [...lines, part("read", "At the end", ...folded(episode.final))] : lines;
     };
     holder.append(draw.end);
@@ -259,7 +260,7 @@
     const texts = [index.instructions[episode.instructions], episode.final, episode.player, episode.env, episode.error];
     return (
       texts.some(found) ||
-      episode.turns.some((turn) => found(turn.read) || found(turn.thought) || found(turn.said) || found(turn.action || ""))
+      episode.turns.some((turn) => [turn.read, turn.drafts, turn.thought, turn.said, turn.action].some((one) => one && found(one)))
     );
   }
 

@@ -55,8 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        said = " ".join(message.split()).rstrip(".")
+        self.exit(2, f"{self.prog}: error: {said}. `{self.prog} --help` tells more.\n")
+
+
 def _note(message: Warning | str, category: type[Warning], *where) -> None:
-    """A warning as a user reads it: without the line of ours that gave it."""
+    """A warning as a user reads it: without the line of ours that gave it, and nothing of what libraries deprecate."""
+    if issubclass(category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning)):
+        return
     print(f"trl-agents: note: {' '.join(str(message).split())}", file=sys.stderr)
 
 
@@ -69,7 +77,7 @@ def one_line(error: Exception) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line; `args.run(args)` runs the command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="trl-agents",
         description="Play text environments, evaluate players and models in them, diagnose models, read episodes, and "
         "estimate what training takes.",

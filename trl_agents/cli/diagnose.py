@@ -7,9 +7,10 @@ import argparse
 from pathlib import Path
 
 from .named import DEFAULT_ENV, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
-from .players import add_model_arguments, load_model, name_player, shows_progress
+from .players import add_model_arguments, check_model_arguments, load_model, name_player, shows_progress
 
 
+PARTS = ("greediness", "frequency_bias", "knowing_doing")  # as in `diagnostics`, which would import torch
 HELP = "measure greediness, frequency bias and the knowing-doing gap"
 DESCRIPTION = (
     "Measure how a model fails where it should explore: greediness, frequency bias, and the gap between knowing and\n"
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folders of other diagnoses, which the report shows beside this one (first the one from before)",
     )
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="of greediness, frequency_bias, knowing_doing")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--num_instances", type=positive, default=64, metavar="N", help="episodes (default: 64)")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the sampling (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -52,15 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     player = name_player(args.player)
+    check_model_arguments(args, [player])
     make_named_env(args.env, args.env_kwargs).close()
     folder = writable_folder(args.output_dir)
-    for other in args.compare:
+
+    from ..diagnostics.report import read_diagnosis, write_report
+
+    for other in args.compare:  # before hours of measuring
         if not (Path(other) / "diagnostics.json").exists():
             raise ValueError(f"--compare {other}: there is no {Path(other) / 'diagnostics.json'}; diagnose it first.")
+        read_diagnosis(other)
 
     from ..actions import ActionParser
     from ..diagnostics import diagnose
-    from ..diagnostics.report import write_report
     from ..viewer import write_page
     from .view import read_folder
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..page import describe_env
+from ..page import describe_env, write_text
 from ..viewer import episode_record, write_page, write_records
 from .named import DEFAULT_ENV, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
-from .players import add_model_arguments, console, name_players, play_named, shows_progress
+from .players import add_model_arguments, check_model_arguments, console, name_players, play_named, shows_progress
+from .unfinished import Unfinished
 
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 HELP = "compare players and models on the same held-out episodes"
 DESCRIPTION = (
     "Let players and models play the same held-out episodes (seeds apart from those of training), and compare them:\n"
-    "a table of means with 95% intervals, a plot, metrics.json, and the episodes to read (episodes.jsonl, .html)."
+    "a table of means with 95% intervals, a plot, metrics.json, and the episodes to read (episodes.jsonl, .html).\n"
+    "Interrupted, the same command goes on with the players that had not finished."
 )
 EXAMPLES = """\
 examples:
@@ -32,6 +34,9 @@ examples:
   trl-agents eval random ucb before=outputs/grpo_bandit_tiny/warmup after=outputs/grpo_bandit_tiny --context window
   trl-agents eval random minimax Qwen/Qwen3-0.6B --env trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal"}'
 """
+
+
+_FREE = ("players", "output_dir", "n_slots", "device")  # may differ when an interrupted evaluation goes on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,15 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     players = name_players(args.players)
+    check_model_arguments(args, players)
     make_named_env(args.env, args.env_kwargs).close()
     folder = writable_folder(args.output_dir)
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "quiet")}
+    unfinished = Unfinished(folder, {name: value for name, value in settings.items() if name not in _FREE})
 
     from ..evaluation import held_out_seeds, summarize
 
     seeds = held_out_seeds(args.num_episodes)
     played = {}
     for player in players:
-        played[player.label] = play_named(player, args, args.env, seeds, progress=shows_progress(args))
+        done = unfinished.done(player)
+        if done is None:
+            done = play_named(player, args, args.env, seeds, progress=shows_progress(args))
+            unfinished.keep(player, done)
+        else:
+            warnings.warn(f"{player.label} had finished when this was interrupted: going on from there.", stacklevel=2)
+        played[player.label] = done
     table = summarize(played)
     for name, episodes in played.items():
         if faults := sum(one.stop.is_fault for one in episodes):
@@ -80,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
     metrics: dict[str, Any] = {
         measure: {name: asdict(value) for name, value in row.items()} for measure, row in table.items()
     }
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "quiet")}
     metrics["settings"] = settings
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     picture = _plot(played, table, folder, title)
+    unfinished.delete()
     _show(table, f"{title}, {len(seeds)} held-out episodes, mean [95% interval]")
     written = ", ".join(("metrics.json", picture, "episodes.jsonl", "episodes.html"))
     console().print(f"Written to {folder}{os.sep}: {written}", markup=False)

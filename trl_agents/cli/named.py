@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,6 +74,19 @@ def not_negative(text: str) -> int:
     return int(text)
 
 
+def as_temperature(text: str) -> float:
+    """A number of at least 0, for argparse's `type`."""
+    import argparse
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return value
+
+
 def close_to(name: str, *known: Iterable[str]) -> str:
     """`" Did you mean ...?"`, if something is close to `name`, else nothing. The first `known` with a match counts."""
     wanted = name.lower().rpartition("/")[2]  # also without a namespace or folder
@@ -136,3 +150,12 @@ def writable_folder(path: str) -> Path:
     except OSError as error:
         raise ValueError(f"The folder {path} cannot be written ({error.strerror}): choose another.") from None
     return folder
+
+
+def writable_file(path: str) -> Path:
+    """The same for a file, whose folder is made."""
+    file = Path(path)
+    if file.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it.")
+    writable_folder(str(file.parent))
+    return file

@@ -10,8 +10,8 @@ from typing import Any
 from ..actions import ActionParser
 from ..types import InvalidReason, ParsedAction, StopReason, Trajectory, Turn
 from ..viewer import episode_record, write_records
-from .named import add_env_kwargs, close_to, make_named_env, not_negative
-from .players import add_model_arguments, name_player, play_named, shows_progress
+from .named import add_env_kwargs, close_to, make_named_env, not_negative, writable_file
+from .players import add_model_arguments, check_model_arguments, name_player, play_named, shows_progress
 
 
 HELP = "play an environment yourself, or watch a player"
@@ -44,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.seed is None:
         args.seed = random.SystemRandom().randrange(1_000_000)
+    if args.save:  # an episode that a person has played is not to be lost
+        writable_file(args.save)
     env = make_named_env(args.env, args.env_kwargs)
     try:
         if args.player:
             player = name_player(args.player)
+            check_model_arguments(args, [player])
             trajectory, whole = play_named(player, args, args.env, [args.seed], shows_progress(args))[0], True
             print(f"{trajectory.instructions}\n\n{trajectory}\n")
         else:

@@ -18,7 +18,7 @@ from ..actions import ActionParser
 from ..agents import AGENTS, make_agent, play_episode
 from ..envs.make import make_env
 from ..types import Trajectory
-from .named import as_mechanism, as_object, close_to, positive
+from .named import as_mechanism, as_object, as_temperature, close_to, not_negative, positive
 
 
 if TYPE_CHECKING:
@@ -95,6 +95,12 @@ def load_model(source: str, device: str | None = None, dtype: str = "auto") -> t
 
     source = os.path.expanduser(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {dtype}: there is no such type of weights. Use bfloat16, float16 or float32.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
     logging.disable_progress_bar()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -123,12 +129,18 @@ def add_model_arguments(
         default=context,
         help=f"conversation that grows, or the last steps anew (default: {context})",
     )
-    group.add_argument("--window", type=int, metavar="C", help="steps kept with --context window (default: all)")
+    group.add_argument(
+        "--window", type=not_negative, metavar="C", help="steps kept with --context window (default: all)"
+    )
     group.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="of a reply (default: 256)")
     if not whole_replies:
         group.add_argument("--action_stop", action="store_true", help="a reply is over when it has stated an action")
     group.add_argument(
-        "--temperature", type=float, default=temperature, metavar="X", help=f"0 is greedy (default: {temperature:g})"
+        "--temperature",
+        type=as_temperature,
+        default=temperature,
+        metavar="X",
+        help=f"0 is greedy (default: {temperature:g})",
     )
     group.add_argument(
         "--action_pattern", metavar="REGEX", help="finds the action, in its one group (default: ACTION=X)"
@@ -151,6 +163,17 @@ def add_model_arguments(
     )
 
 
+def check_model_arguments(args: argparse.Namespace, players: Sequence[NamedPlayer]) -> None:
+    """Raises where an argument of [`add_model_arguments`] would change nothing, which nobody would notice."""
+    if args.window is not None and args.context != "window":
+        raise ValueError(f"--window {args.window} keeps steps of --context window: add that, or leave --window out.")
+    if args.exploration and all(player.is_scripted for player in players):
+        raise ValueError(
+            f"--exploration {' '.join(args.exploration)} is for models, and "
+            f"{' and '.join(player.label for player in players)} writes no replies: name a model, or leave it out."
+        )
+
+
 @contextlib.contextmanager
 def _explained(player: NamedPlayer, env_id: str) -> Iterator[None]:
     """Says it in words if the environment does not tell what the player has to know."""
@@ -159,7 +182,7 @@ def _explained(player: NamedPlayer, env_id: str) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(
             f"The player {player.source!r} cannot play {env_id}, which does not tell info[{error}]. Choose another of "
-            f"{', '.join(AGENTS)}."
+            f"{', '.join(name for name in AGENTS if name != player.source)}."
         ) from error
 
 

@@ -44,7 +44,7 @@ def plot_coverage(part: Mapping[str, Any], path: str | Path, title: str = "") ->
         axes.fill_between(steps, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="actions tried", title=title, ylim=(0, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     if curves:
         axes.legend(title="player (at the end)", loc="lower right")
     _finish(figure, [axes], path)
@@ -73,7 +73,7 @@ def plot_frequency_bias(part: Mapping[str, Any], path: str | Path, title: str = 
     told = "entropy is constant" if correlation is None else f"correlation {correlation:+.2f}"
     left.set(xlabel="repetitions of the last step", ylabel="entropy of the next action (nats)", title=told)
     left.set_ylim(-0.03 * part["max_entropy"], 1.08 * part["max_entropy"])
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
     left.legend(loc="best")
     _stacked(right, list(part["windows"]), list(part["windows"].values()), CATEGORIES, CATEGORY_COLOURS)
     right.set(xlabel="repetitions", ylabel="most probable action is ...", title="What is chosen", ylim=(0, 1))
@@ -90,7 +90,8 @@ def _stacked(
         values = np.array([row[name] for row in rows])
         bars = axes.bar(places, values, 0.7, bottom=bottom, color=colours[name], label=name)
         told = [f"{value:.0%}" if value >= 0.05 else "" for value in values]
-        axes.bar_label(bars, told, label_type="center", color="white", fontsize=10)
+        on = "black" if colours[name] == COLOURS[0] else "white"  # white on grey is hard to read
+        axes.bar_label(bars, told, label_type="center", color=on, fontsize=10)
         bottom += values
 
 

@@ -79,14 +79,15 @@ def write_report(diagnoses: Sequence[str | Path | Mapping[str, Any]], path: str 
     if path is None and folders[-1] is None:
         raise ValueError("path=None needs a folder to write to: give a path, or the folder of the diagnosis.")
     path = Path(path) if path is not None else folders[-1] / "report.html"
-    read = [one if isinstance(one, Mapping) else _read(one) for one in diagnoses]
+    read = [one if isinstance(one, Mapping) else read_diagnosis(one) for one in diagnoses]
     named = dict(zip(_labels(read, folders), read, strict=True))
     links = {
         label: Path(os.path.relpath(folder / "episodes.html", path.parent)).as_posix()
         for label, folder in zip(named, folders, strict=True)
         if folder is not None and (folder / "episodes.html").exists()
     }
-    title = f"Diagnosis of {' and '.join(named)}"
+    *before, latest = named
+    title = f"Diagnosis of {' and '.join([', '.join(before), latest] if before else [latest])}"
     styles = ["page.css", "charts.css", "report.css"]
     return write_text(path, html_page(title, _body(title, named, links), styles=styles))
 
@@ -96,7 +97,8 @@ def _folder(path: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_diagnosis(path: str | Path) -> dict[str, Any]:
+    """What a folder's `diagnostics.json` holds; a `ValueError` says why it holds none."""
     path = Path(path)
     path = path / "diagnostics.json" if path.is_dir() else path
     try:
@@ -132,14 +134,58 @@ def _body(title: str, named: Mapping[str, Mapping[str, Any]], links: Mapping[str
         played = describe_env(_setting(env.get("id")), env.get("kwargs") or {})
         link = f' · <a href="{escape(links[label])}">read the episodes</a>' if label in links else ""
         head.append(f'<p><strong>{escape(label)}</strong> <span class="muted">in {escape(played)}</span>{link}</p>')
-    head.append('<p class="muted">Brackets are 95% intervals over episodes.</p>')
+    head.append('<p class="muted">Brackets are 95% intervals over episodes (frequency bias: over histories).</p>')
+    if not _in_one_env(named):
+        head.append(
+            '<p class="warn">These were measured in different environments: compare with care. The scripted players '
+            "beside each are left out; its own report has them.</p>"
+        )
     draw: dict[str, Callable[[dict[str, Any]], str]] = {
         "greediness": lambda parts: _greediness(parts, named),
         "frequency_bias": _frequency_bias,
         "knowing_doing": _knowing_doing,
     }
     sections = [_section(part, named, draw[part]) for part in TITLES]
-    return f"<main><header>{''.join(head)}</header>{''.join(sections)}{_settings(named)}</main>"
+    return f"<main><header>{''.join(head)}</header>{_in_short(named)}{''.join(sections)}{_settings(named)}</main>"
+
+
+def _in_one_env(named: Mapping[str, Mapping[str, Any]]) -> bool:
+    first, *others = (one.get("env") for one in named.values())
+    return all(other == first for other in others)
+
+
+def _in_short(named: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a reader wants to know first, a row a question."""
+    answers = [_answers(one) for one in named.values()]
+    rows = {
+        question: row
+        for question in dict.fromkeys(question for one in answers for question in one)
+        if any(row := [one.get(question, "") for one in answers])
+    }
+    return f'<section id="in-short"><h2>In short</h2>{_table(["", *named], rows)}</section>' if rows else ""
+
+
+def _answers(one: Mapping[str, Any]) -> dict[str, str]:
+    player, parts, gap = str(one.get("player")), one["parts"], _inner(one["parts"], "knowing_doing")
+
+    def measured(name: str) -> Any:
+        return _inner(_inner(_inner(parts, "greediness"), "measures"), name).get(player)
+
+    windows = _pairs(_inner(parts, "frequency_bias").get("window_intervals"))
+    return {
+        "actions tried by the end": _interval(measured("coverage"), "{:.0%}"),
+        "... by its own choice": _interval(measured("chosen_coverage"), "{:.0%}"),
+        "second halves without the best action": _interval(measured("suffix_failure"), "{:.0%}"),
+        **{
+            f"repeats the frequent action, {window} repetitions": _interval(_inner(row, "frequent"), "{:.0%}")
+            for window, row in windows[:1] + windows[1:][-1:]
+        },
+        "knows the right action by UCB, % of steps": _interval(gap.get("correct"), "{:.0f}"),
+        "... and plays the greedy one, % of these": _plain(
+            _inner(_inner(gap, "conditional"), "correct").get("greedy"), "{:.0f}"
+        ),
+        "invalid replies": _interval(_inner(one.get("invalid_rate"), "greediness"), "{:.0%}"),
+    }
 
 
 def _section(part: str, named: Mapping[str, Mapping[str, Any]], draw: Callable[[dict[str, Any]], str]) -> str:
@@ -178,17 +224,28 @@ def _invalid(part: str, named: Mapping[str, Mapping[str, Any]], measured: Mappin
 
 
 def _greediness(parts: dict[str, Any], named: Mapping[str, Mapping[str, Any]]) -> str:
-    """Own players first, then the scripted references: once, where all have the same ones."""
+    """
+    Own players first, then the scripted references: once, and only where all played the same environment. Of a
+    reference that has a diagnosis of its own, that one tells.
+    """
     curves: dict[str, Any] = {}
     table: dict[str, dict[str, Any]] = {}
+    shared = _in_one_env(named)
     for label, part in parts.items():
         own = str(named[label].get("player"))
-        names = {own: label}
+
+        def called(player: str, label: str = label, own: str = own) -> str | None:
+            if player == own:
+                return label
+            return player if shared and player not in parts else None
+
         for player, curve in _pairs(part.get("coverage_by_step")):
-            curves.setdefault(names.get(player, player), curve)
+            if name := called(player):
+                curves.setdefault(name, curve)
         for measure, row in _pairs(part.get("measures")):
             for player, value in _pairs(row):
-                table.setdefault(measure, {}).setdefault(names.get(player, player), value)
+                if name := called(player):
+                    table.setdefault(measure, {}).setdefault(name, value)
     order = [*parts, *(name for row in [curves, *table.values()] for name in row if name not in parts)]
     order = list(dict.fromkeys(order))
     curves = {
@@ -219,7 +276,7 @@ def _frequency_bias(parts: dict[str, Any]) -> str:
             curves[label] = entropy
             x = max(x, part.get("repetitions") or list(range(len(entropy["mean"]))), key=len)
         if _is_number(part.get("max_entropy")):
-            lines = {f"all actions alike ({part['max_entropy']:.2f})": part["max_entropy"]}
+            lines[f"all actions alike ({part['max_entropy']:.2f})"] = part["max_entropy"]
     shown = ""
     if curves:
         top = [
@@ -237,7 +294,17 @@ def _frequency_bias(parts: dict[str, Any]) -> str:
             title = _of("Choices by number of repetitions", label, parts)
             sides.append(f"<div><h3>{title}</h3>{stacked_bars(bars, ('frequent', 'greedy', 'other'))}</div>")
     shown += f'<div class="sides">{"".join(sides)}</div>'
-    rows = {
+    windows = list(
+        dict.fromkeys(window for part in parts.values() for window, _ in _pairs(part.get("window_intervals")))
+    )
+    frequent = {
+        f"frequent, {window} repetitions": [
+            _interval(_inner(_inner(part.get("window_intervals"), window), "frequent"), "{:.1%}")
+            for part in parts.values()
+        ]
+        for window in windows
+    }
+    rows = frequent | {
         "correlation of repetitions and entropy": [_plain(part.get("correlation")) for part in parts.values()],
         "forward passes (one by one)": [
             _pair(part.get("forward_passes"), part.get("naive_forward_passes")) for part in parts.values()
@@ -279,7 +346,7 @@ def _knowing_doing(parts: dict[str, Any]) -> str:
         told = ", ".join(filter(None, counts))
         sides.append(
             f"<div><h3>{_of('Values written by action played, % of steps', label, parts)}</h3>"
-            f'{_table(["", *doings, "all"], rows, kind="")}<p class="muted">{told}.</p></div>'
+            f'{_table(["", *doings, "all"], rows, kind="matrix")}<p class="muted">{told}.</p></div>'
         )
     return f'<div class="sides">{"".join(sides)}</div>'
 
@@ -337,6 +404,11 @@ def _of(title: str, label: str, parts: Mapping[str, Any]) -> str:
     return escape(f"{title}: {label}" if len(parts) > 1 else title)
 
 
+def _inner(value: Any, name: str) -> Mapping[str, Any]:
+    """A mapping in a mapping; an empty one, if either is something else."""
+    return dict(_pairs(dict(_pairs(value)).get(name)))
+
+
 def _pairs(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, Mapping) else []
 
@@ -348,7 +420,7 @@ def _shares(row: Any) -> dict[str, float]:
 
 
 def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _is_number(value: Any) -> bool:

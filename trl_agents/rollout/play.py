@@ -326,7 +326,7 @@ class Player:
         if reply.cut_off and not parsed.is_valid and live.turns and self._budget(live) < self.max_new_tokens:
             return finish(slot, StopReason.CONTEXT_FULL)  # the room ran out, which is no fault of the reply
         turn = {
-            "observation": live.observation,
+            "observation": rename_actions(live.observation, live.names or {}),
             "input_ids": tuple(live.reader.input_ids),
             "action_ids": reply.ids,
             "text": text,
