@@ -12,7 +12,7 @@ corpus of solutions in many forms. A stage that is done is not trained again. re
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -80,11 +80,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     train = r1_prompt_completion(script_args.load("train", **whole) if whole else given)
     test = r1_prompt_completion(script_args.load("test"))
     corpus = mixed_corpus(given, script_args.base_tagged, script_args.base_direct, training_args.seed)
-    letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
-    grading = {"choice": letters, "partial": 0.0}
-    Grading(**grading).check_answers(train["answer"])
-    Grading(**grading).check_answers(test["answer"], "test")
-    rewards = [Grading(**grading).reward, think_answer_format_reward]  # both weigh 1
+    grading = Grading.of({"train": train["answer"], "test": test["answer"]}, partial=0.0)
+    rewards = [grading.reward, think_answer_format_reward]  # both weigh 1
     labels = dict(zip(("accuracy", "format"), rewards, strict=True))
     curves = {f"{name}_curve.png": (f"rewards/{reward.__name__}/mean", name) for name, reward in labels.items()}
     sft_settings = {"learning_rate": script_args.sft_learning_rate, "batch_size": script_args.sft_batch_size}
@@ -107,7 +104,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         kept = self_training_rows(
             *load_model(start, training_args.device),
             train,
-            WellFormedGrading(**grading),
+            WellFormedGrading(**asdict(grading)),
             n=script_args.rejection_samples,
             most=script_args.rejection_most,
             seed=training_args.seed,
@@ -153,7 +150,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     table = {}
     for name, folder in folders.items():
         model, tokenizer = load_model(folder, training_args.device)
-        measured = evaluate_r1(model, tokenizer, test, Grading(**grading), n=script_args.num_votes, **answering)
+        measured = evaluate_r1(model, tokenizer, test, grading, n=script_args.num_votes, **answering)
         for measure, values in measured.items():
             table.setdefault(measure, {})[name] = interval(values)
     # A model that was given keeps its card

@@ -98,10 +98,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     if adapters.peft and "reft_separate_critic" in script_args.methods:
         raise ValueError("The method reft_separate_critic trains a second trunk in full: leave it, or use_peft, out.")
     train, test = (prompt_completion(script_args.load(split), script_args.style) for split in ("train", "test"))
-    letters = all(len(answer) == 1 and answer.isalpha() for answer in train["answer"])
-    grading = Grading(script_args.style, choice=letters, partial=script_args.partial_reward)
-    grading.check_answers(train["answer"])
-    grading.check_answers(test["answer"], "test")
+    answers = {"train": train["answer"], "test": test["answer"]}
+    grading = Grading.of(answers, style=script_args.style, partial=script_args.partial_reward)
     sft_settings = {
         "learning_rate": script_args.sft_learning_rate,
         "batch_size": script_args.sft_batch_size,

@@ -239,6 +239,12 @@ class TestGrading:
             Grading().check_answers(["5", "1,234", "3/4"])
             Grading(choice=True).check_answers(["c", "(C)"])
 
+    def test_answers_decide_how_they_are_graded(self):
+        assert Grading.of({"train": ["a", "C"], "test": ["b"]}, partial=0.0) == Grading(choice=True, partial=0.0)
+        assert Grading.of({"train": ["a", "12"]}, style="program") == Grading("program")
+        with pytest.raises(ValueError, match="test: 1 of 1 correct answers are no number, 'b'"):
+            Grading.of({"train": ["5"], "test": ["b"]})
+
     ANSWER = "So.\nTherefore, the answer is: {}".format
 
     @pytest.mark.parametrize(

@@ -202,10 +202,8 @@ class AnswerTask:
             for name, split in ((args.dataset, "train"), (args.test_dataset or args.dataset, "test"))
         )
         self.test = test.select(range(min(args.num_eval, len(test))))
-        letters = all(len(answer) == 1 and answer.isalpha() for answer in self.train["answer"])
-        self.grading = Grading(args.style, choice=letters, partial=0.0)
-        self.grading.check_answers(self.train["answer"])
-        self.grading.check_answers(self.test["answer"], "test")
+        answers = {"train": self.train["answer"], "test": self.test["answer"]}
+        self.grading = Grading.of(answers, style=args.style, partial=0.0)
         self.accuracy: dict[str, Any] = {}
 
     @property

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .answers import find_number, numbers_equal
 from .choice import find_choice, get_choice_reward, gold_choice
@@ -38,6 +39,24 @@ class Grading:
         if self.style not in STYLES:
             raise ValueError(f"style={self.style!r} is unknown: choose one of {', '.join(STYLES)}.")
         _ = self.reward  # refuses a `partial` it cannot use, now and not after hours
+
+    @classmethod
+    def of(cls, answers: Mapping[str, Sequence[str]], **settings: Any) -> Grading:
+        """
+        How to grade a dataset: by letters if all its answers are letters, else by numbers. Tells of answers that
+        cannot be read, as `check_answers` does.
+
+        Args:
+            answers (`Mapping[str, Sequence[str]]`):
+                The correct answers of each split; those of the first one decide.
+            **settings:
+                The other arguments.
+        """
+        first = next(iter(answers.values()))
+        grading = cls(choice=all(len(answer) == 1 and answer.isalpha() for answer in first), **settings)
+        for split, own in answers.items():
+            grading.check_answers(own, split)
+        return grading
 
     @property
     def reward(self) -> Callable:
