@@ -23,7 +23,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import Agent, make_agent
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import load_as, parse_arguments
+from trl_agents.recipe import check_positive, load_as, parse_arguments
 from trl_agents.report import report_players
 from trl_agents.tiny import make_tiny_model
 
@@ -65,7 +65,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     if "users" in env_kwargs:
         raise ValueError("This recipe trains on 'train' and evaluates on 'eval': leave `users` out of env_kwargs.")
 
-    # Find out now what the trainer would refuse after the warm-up, and whether the folder can be written
+    # Find out now what would fail after the warm-up, and whether the folder can be written
+    check_positive(script_args, "num_eval_episodes", "num_transcripts")
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_run(ENV_ID, training_args, ActionParser(), peft_config=adapters)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,15 @@ from trl_agents.expert_data import FORMS, agreement, expert_dataset, expert_seed
 from trl_agents.experts import Expert, make_expert
 from trl_agents.plots import plot_regret
 from trl_agents.questions import load_model
-from trl_agents.recipe import argument, as_settings, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import (
+    argument,
+    as_settings,
+    check_positive,
+    check_stages,
+    parse_arguments,
+    stage_arguments,
+    trainer_settings,
+)
 from trl_agents.report import report_stages
 from trl_agents.stages import Stages, stage_config, train_and_save
 from trl_agents.tiny import save_tiny_start
@@ -77,9 +85,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     pace = {"epochs": args.sft_epochs, "learning_rate": args.sft_learning_rate, "batch_size": args.sft_batch_size}
     n_episodes = {"thought": args.num_thought_episodes or args.num_episodes, "behaviour": args.num_episodes}
     budget = {"thought": training_args.max_completion_length, "behaviour": args.behaviour_tokens}
-    for name in ("num_episodes", "num_thought_episodes", "num_eval_episodes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"{name}={getattr(args, name)}: give at least 1.")
+    check_positive(args, "num_episodes", "num_thought_episodes", "num_eval_episodes")
     if args.rlft_steps and not set(args.rlft_forms) <= set(args.forms):
         raise ValueError(f"rlft_forms={args.rlft_forms} starts from clones that forms={args.forms} does not make.")
     check_stages(training_args, model_args, uses=["dtype", "attn_implementation"])
@@ -88,6 +94,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     if hasattr(make_env(args.env_id, **env_kwargs["behaviour"]), "reasoning"):
         for form, kwargs in env_kwargs.items():  # the instructions ask for what the replies will be
             kwargs.setdefault("reasoning", form == "thought")
+    for player in args.players:
+        make_agent(player)
     agreement_with_expert = functools.partial(agreement, expert=expert)
     tell = functools.partial(expert_dataset, args.env_id, expert, parser=parser)
     for form in args.forms:  # what would fail after minutes of training is found now

@@ -24,7 +24,14 @@ from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
-from trl_agents.recipe import argument, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import (
+    argument,
+    check_positive,
+    check_stages,
+    parse_arguments,
+    stage_arguments,
+    trainer_settings,
+)
 from trl_agents.report import report_stages
 from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import make_tiny_model
@@ -54,6 +61,10 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
     if training_args.exploration:
         raise ValueError(f"exploration={training_args.exploration}: here `mechanisms` says what to compare.")
+    # What would fail after the warm-up is found now
+    check_positive(script_args, "num_eval_episodes", "num_transcripts")
+    greedy = GreedyAgent(untried=0.0, epsilon=script_args.transcript_epsilon)
+    play_agents(script_args.env_id, script_args.players, held_out_seeds(1), env_kwargs=training_args.env_kwargs)
     arguments = {}
     for name in script_args.mechanisms:
         folder = Path(training_args.output_dir) / f"rlft_{name}"
@@ -72,7 +83,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             functools.partial(make_env, script_args.env_id, **env_kwargs),
             folder,
             n_transcripts=script_args.num_transcripts,
-            agent=GreedyAgent(untried=0.0, epsilon=script_args.transcript_epsilon),
+            agent=greedy,
             seed=training_args.seed,
             use_cpu=training_args.use_cpu,
             disable_tqdm=training_args.disable_tqdm,

@@ -19,7 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import load_as, parse_arguments
+from trl_agents.recipe import check_positive, load_as, parse_arguments
 from trl_agents.report import report_players
 from trl_agents.tiny import make_tiny_model
 
@@ -51,6 +51,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
     # Find out now what the trainer would refuse after the warm-up, and whether the folder can be written
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
+    check_positive(script_args, "num_eval_episodes", "num_transcripts")
     check_run(script_args.env_id, training_args, parser, peft_config=adapters)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path

@@ -29,7 +29,7 @@ from trl_agents.evaluation import (
     summarize_games,
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
-from trl_agents.recipe import load_as, parse_arguments
+from trl_agents.recipe import check_positive, load_as, parse_arguments
 from trl_agents.tiny import make_tiny_model
 from trl_agents.transcripts import board_rationale
 
@@ -71,6 +71,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
 
     # Find out now what would be refused after the warm-up, and whether the folder can be written
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
+    check_positive(script_args, "num_eval_episodes", "num_transcripts")
     check_run(env_id, training_args, parser, peft_config=adapters)
     game = make_env(env_id, **env_kwargs).unwrapped
     if not isinstance(game, TicTacToe):

@@ -308,12 +308,17 @@ def test_the_recipe_can_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("env_kwargs", "said"),
-    [('{"data_dir": "/nowhere"}', "no MovieLens files"), ('{"users": "all"}', "leave `users` out")],
+    ("name", "value", "said"),
+    [
+        ("--env_kwargs", '{"data_dir": "/nowhere"}', "no MovieLens files"),
+        ("--env_kwargs", '{"users": "all"}', "leave `users` out"),
+        ("--num_eval_episodes", "-1", "num_eval_episodes=-1"),
+        ("--num_transcripts", "0", "num_transcripts=0"),
+    ],
 )
-def test_mistakes_are_told_before_the_warm_up(tmp_path, env_kwargs, said):
+def test_mistakes_are_told_before_the_warm_up(tmp_path, name, value, said):
     module = recipe_runs.recipe("contextual_bandit")
-    arguments = ["--use_cpu", "--output_dir", tmp_path / "out", "--env_kwargs", env_kwargs]
+    arguments = ["--use_cpu", "--output_dir", tmp_path / "out", name, value]
     with pytest.raises(ValueError, match=said):
         module.main(*recipe_runs.parse(module, module.DEFAULT_CONFIG, *arguments))
     assert not (tmp_path / "out").exists()

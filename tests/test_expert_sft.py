@@ -70,6 +70,7 @@ def test_minimax_in_a_window(tmp_path):
         (["--expert_kwargs", '{"bonus": "no"}'], "bonus='no'"),
         (["--context", "window", "--window", 3, "--env_kwargs", '{"horizon": 5}'], "window=3 hides steps"),
         (["--rlft_forms", "behaviour", "--forms", "thought"], "rlft_forms"),
+        (["--players", "nobody"], "'nobody' is unknown"),
         (["--num_episodes", 0], "num_episodes=0"),
         (["--action_pattern", "ACTION=(red)"], "No pattern can produce the legal action 'blue'"),
         (["--use_peft", "true"], "leave out use_peft"),

@@ -53,6 +53,10 @@ def test_without_training(tmp_path):
     [
         (["--exploration", "try_all"], NAMES, "`mechanisms` says"),
         ([], ["try_everything"], "'try_everything' is unknown"),
+        (["--num_eval_episodes", 0], NAMES, "num_eval_episodes=0"),
+        (["--num_transcripts", -5], NAMES, "num_transcripts=-5"),
+        (["--transcript_epsilon", 3], NAMES, "epsilon=3.0 is a probability"),
+        (["--players", "nobody"], NAMES, "'nobody' is unknown"),
         (["--context", "chat"], NAMES, "context='window'"),
         ([], ["self_correction+self_consistency"], "use one of them"),
     ],

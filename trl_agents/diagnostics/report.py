@@ -8,7 +8,6 @@ Every part is optional, and so is every figure in it: what is missing is left ou
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -17,6 +16,7 @@ from typing import Any
 
 from ..charts import line_chart, stacked_bars
 from ..page import describe_env, html_page, write_text
+from . import cells
 
 
 TITLES = {
@@ -131,7 +131,7 @@ def _body(title: str, named: Mapping[str, Mapping[str, Any]], links: Mapping[str
     head = [f"<h1>{escape(title)}</h1>"]
     for label, one in named.items():
         env = one.get("env") or {}
-        played = describe_env(_setting(env.get("id")), env.get("kwargs") or {})
+        played = describe_env(cells.setting(env.get("id")), env.get("kwargs") or {})
         link = f' · <a href="{escape(links[label])}">read the episodes</a>' if label in links else ""
         head.append(f'<p><strong>{escape(label)}</strong> <span class="muted">in {escape(played)}</span>{link}</p>')
     head.append('<p class="muted">Brackets are 95% intervals over episodes (frequency bias: over histories).</p>')
@@ -162,29 +162,31 @@ def _in_short(named: Mapping[str, Mapping[str, Any]]) -> str:
         for question in dict.fromkeys(question for one in answers for question in one)
         if any(row := [one.get(question, "") for one in answers])
     }
-    return f'<section id="in-short"><h2>In short</h2>{_table(["", *named], rows)}</section>' if rows else ""
+    return f'<section id="in-short"><h2>In short</h2>{cells.table(["", *named], rows)}</section>' if rows else ""
 
 
 def _answers(one: Mapping[str, Any]) -> dict[str, str]:
-    player, parts, gap = str(one.get("player")), one["parts"], _inner(one["parts"], "knowing_doing")
+    player, parts, gap = str(one.get("player")), one["parts"], cells.inner(one["parts"], "knowing_doing")
 
     def measured(name: str) -> Any:
-        return _inner(_inner(_inner(parts, "greediness"), "measures"), name).get(player)
+        return cells.inner(cells.inner(cells.inner(parts, "greediness"), "measures"), name).get(player)
 
-    windows = _pairs(_inner(parts, "frequency_bias").get("window_intervals"))
+    windows = cells.pairs(cells.inner(parts, "frequency_bias").get("window_intervals"))
     return {
-        "actions tried by the end": _interval(measured("coverage"), "{:.0%}"),
-        "... by its own choice": _interval(measured("chosen_coverage"), "{:.0%}"),
-        "second halves without the best action": _interval(measured("suffix_failure"), "{:.0%}"),
+        "actions tried by the end": cells.interval(measured("coverage"), "{:.0%}"),
+        "... by its own choice": cells.interval(measured("chosen_coverage"), "{:.0%}"),
+        "second halves without the best action": cells.interval(measured("suffix_failure"), "{:.0%}"),
         **{
-            f"repeats the frequent action, {window} repetitions": _interval(_inner(row, "frequent"), "{:.0%}")
+            f"repeats the frequent action, {window} repetitions": cells.interval(
+                cells.inner(row, "frequent"), "{:.0%}"
+            )
             for window, row in windows[:1] + windows[1:][-1:]
         },
-        "knows the right action by UCB, % of steps": _interval(gap.get("correct"), "{:.0f}"),
-        "... and plays the greedy one, % of these": _plain(
-            _inner(_inner(gap, "conditional"), "correct").get("greedy"), "{:.0f}"
+        "knows the right action by UCB, % of steps": cells.interval(gap.get("correct"), "{:.0f}"),
+        "... and plays the greedy one, % of these": cells.plain(
+            cells.inner(cells.inner(gap, "conditional"), "correct").get("greedy"), "{:.0f}"
         ),
-        "invalid replies": _interval(_inner(one.get("invalid_rate"), "greediness"), "{:.0%}"),
+        "invalid replies": cells.interval(cells.inner(one.get("invalid_rate"), "greediness"), "{:.0%}"),
     }
 
 
@@ -204,20 +206,20 @@ def _section(part: str, named: Mapping[str, Mapping[str, Any]], draw: Callable[[
 
 def _invalid(part: str, named: Mapping[str, Mapping[str, Any]], measured: Mapping[str, Any]) -> str:
     """Always beside the figures: a random action in place of an invalid one explores too."""
-    cells = []
+    rates = []
     for label in measured:
         rate = (named[label].get("invalid_rate") or {}).get(part)
         mean = rate.get("mean") if isinstance(rate, Mapping) else None
-        said = _interval(rate, "{:.1%}") if _is_number(mean) else "not known"
-        style = ' class="warn"' if _is_number(mean) and mean > 0.05 else ""
-        cells.append(f"<span{style}>{escape(label) + ': ' if len(named) > 1 else ''}{said}</span>")
+        said = cells.interval(rate, "{:.1%}") if cells.is_number(mean) else "not known"
+        style = ' class="warn"' if cells.is_number(mean) and mean > 0.05 else ""
+        rates.append(f"<span{style}>{escape(label) + ': ' if len(named) > 1 else ''}{said}</span>")
     of = "Probability on no answer" if part == "frequency_bias" else "Invalid replies"
     why = (
         ""
         if part == "frequency_bias"
         else " A random action is played in place of an invalid one, which explores too."
     )
-    return f'<p class="invalid"><strong>{of}:</strong> {"; ".join(cells)}.<span class="muted">{why}</span></p>'
+    return f'<p class="invalid"><strong>{of}:</strong> {"; ".join(rates)}.<span class="muted">{why}</span></p>'
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
@@ -239,11 +241,11 @@ def _greediness(parts: dict[str, Any], named: Mapping[str, Mapping[str, Any]]) -
                 return label
             return player if shared and player not in parts else None
 
-        for player, curve in _pairs(part.get("coverage_by_step")):
+        for player, curve in cells.pairs(part.get("coverage_by_step")):
             if name := called(player):
                 curves.setdefault(name, curve)
-        for measure, row in _pairs(part.get("measures")):
-            for player, value in _pairs(row):
+        for measure, row in cells.pairs(part.get("measures")):
+            for player, value in cells.pairs(row):
                 if name := called(player):
                     table.setdefault(measure, {}).setdefault(name, value)
     order = [*parts, *(name for row in [curves, *table.values()] for name in row if name not in parts)]
@@ -256,7 +258,7 @@ def _greediness(parts: dict[str, Any], named: Mapping[str, Mapping[str, Any]]) -
         steps = range(1, 1 + max(len(curve["mean"]) for curve in curves.values()))
         shown = line_chart(curves, steps, x_label="step", y_label="share of actions tried", y_max=1.0)
     rows = {
-        MEASURES.get(measure, measure.replace("_", " ")): [_interval(row.get(name)) for name in order]
+        MEASURES.get(measure, measure.replace("_", " ")): [cells.interval(row.get(name)) for name in order]
         for measure, row in table.items()
     }
     counts = [
@@ -265,7 +267,7 @@ def _greediness(parts: dict[str, Any], named: Mapping[str, Mapping[str, Any]]) -
         if part.get("n_episodes")
     ]
     episodes = f'<p class="muted">Episodes: {escape(", ".join(counts))}.</p>' if counts else ""
-    return shown + _table(["", *order], rows) + episodes
+    return shown + cells.table(["", *order], rows) + episodes
 
 
 def _frequency_bias(parts: dict[str, Any]) -> str:
@@ -275,7 +277,7 @@ def _frequency_bias(parts: dict[str, Any]) -> str:
         if isinstance(entropy, Mapping) and entropy.get("mean"):
             curves[label] = entropy
             x = max(x, part.get("repetitions") or list(range(len(entropy["mean"]))), key=len)
-        if _is_number(part.get("max_entropy")):
+        if cells.is_number(part.get("max_entropy")):
             lines[f"all actions alike ({part['max_entropy']:.2f})"] = part["max_entropy"]
     shown = ""
     if curves:
@@ -283,43 +285,43 @@ def _frequency_bias(parts: dict[str, Any]) -> str:
             value
             for curve in curves.values()
             for value in [*curve["mean"], *(curve.get("high") or [])]
-            if _is_number(value)
+            if cells.is_number(value)
         ]
         height = 1.05 * max([*lines.values(), *top], default=1.0)
         labels = {"x_label": "repetitions of the last step", "y_label": "entropy, nats"}
         shown = f"<h3>Entropy of the next action</h3>{line_chart(curves, x, **labels, y_max=height, lines=lines)}"
     sides = []
     for label, part in parts.items():
-        if bars := {window: _shares(row) for window, row in _pairs(part.get("windows"))}:
-            title = _of("Choices by number of repetitions", label, parts)
+        if bars := {window: cells.shares(row) for window, row in cells.pairs(part.get("windows"))}:
+            title = cells.of("Choices by number of repetitions", label, parts)
             sides.append(f"<div><h3>{title}</h3>{stacked_bars(bars, ('frequent', 'greedy', 'other'))}</div>")
     shown += f'<div class="sides">{"".join(sides)}</div>'
     windows = list(
-        dict.fromkeys(window for part in parts.values() for window, _ in _pairs(part.get("window_intervals")))
+        dict.fromkeys(window for part in parts.values() for window, _ in cells.pairs(part.get("window_intervals")))
     )
     frequent = {
         f"frequent, {window} repetitions": [
-            _interval(_inner(_inner(part.get("window_intervals"), window), "frequent"), "{:.1%}")
+            cells.interval(cells.inner(cells.inner(part.get("window_intervals"), window), "frequent"), "{:.1%}")
             for part in parts.values()
         ]
         for window in windows
     }
     rows = frequent | {
-        "correlation of repetitions and entropy": [_plain(part.get("correlation")) for part in parts.values()],
+        "correlation of repetitions and entropy": [cells.plain(part.get("correlation")) for part in parts.values()],
         "forward passes (one by one)": [
-            _pair(part.get("forward_passes"), part.get("naive_forward_passes")) for part in parts.values()
+            cells.pair(part.get("forward_passes"), part.get("naive_forward_passes")) for part in parts.values()
         ],
-        "tokens (one by one)": [_pair(part.get("tokens"), part.get("naive_tokens")) for part in parts.values()],
-        "seconds": [_plain(part.get("seconds"), "{:,.1f}") for part in parts.values()],
+        "tokens (one by one)": [cells.pair(part.get("tokens"), part.get("naive_tokens")) for part in parts.values()],
+        "seconds": [cells.plain(part.get("seconds"), "{:,.1f}") for part in parts.values()],
     }
-    return shown + _table(["", *parts], {name: row for name, row in rows.items() if any(row)})
+    return shown + cells.table(["", *parts], {name: row for name, row in rows.items() if any(row)})
 
 
 def _knowing_doing(parts: dict[str, Any]) -> str:
     sides = []
     for label, part in parts.items():
         joint, conditional = (
-            {name: row for name, row in _pairs(part.get(of)) if row} for of in ("joint", "conditional")
+            {name: row for name, row in cells.pairs(part.get(of)) if row} for of in ("joint", "conditional")
         )
         doings = list(dict.fromkeys(doing for row in joint.values() for doing in row)) or [
             "optimal",
@@ -330,14 +332,16 @@ def _knowing_doing(parts: dict[str, Any]) -> str:
         for knowing in ("correct", "wrong"):
             row = joint.get(knowing) or {}
             intervals = (part.get("joint_intervals") or {}).get(knowing) or {}
-            cells = [
-                _interval(intervals.get(doing), "{:.1f}") if doing in intervals else _plain(row.get(doing), "{:.1f}")
+            figures = [
+                cells.interval(intervals.get(doing), "{:.1f}")
+                if doing in intervals
+                else cells.plain(row.get(doing), "{:.1f}")
                 for doing in doings
             ]
-            total = [value for value in row.values() if _is_number(value)]
-            rows[f"{knowing}"] = [*cells, f"{sum(total):.1f}" if total else ""]
+            total = [value for value in row.values() if cells.is_number(value)]
+            rows[f"{knowing}"] = [*figures, f"{sum(total):.1f}" if total else ""]
             if knowing == "correct" and conditional.get(knowing):
-                own = [_plain(conditional[knowing].get(doing), "{:.1f}") for doing in doings]
+                own = [cells.plain(conditional[knowing].get(doing), "{:.1f}") for doing in doings]
                 rows |= {"of the correct ones": [*own, "100.0"]} if any(own) else {}
         counts = [f"{part['n_steps']:,} steps" if part.get("n_steps") is not None else ""]
         counts.append(
@@ -345,8 +349,8 @@ def _knowing_doing(parts: dict[str, Any]) -> str:
         )
         told = ", ".join(filter(None, counts))
         sides.append(
-            f"<div><h3>{_of('Values written by action played, % of steps', label, parts)}</h3>"
-            f'{_table(["", *doings, "all"], rows, kind="matrix")}<p class="muted">{told}.</p></div>'
+            f"<div><h3>{cells.of('Values written by action played, % of steps', label, parts)}</h3>"
+            f'{cells.table(["", *doings, "all"], rows, kind="matrix")}<p class="muted">{told}.</p></div>'
         )
     return f'<div class="sides">{"".join(sides)}</div>'
 
@@ -354,74 +358,8 @@ def _knowing_doing(parts: dict[str, Any]) -> str:
 def _settings(named: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for one in named.values() for name in one.get("settings") or {}))
     rows = {
-        name: [escape(_setting((one.get("settings") or {}).get(name))) for one in named.values()] for name in names
+        name: [escape(cells.setting((one.get("settings") or {}).get(name))) for one in named.values()]
+        for name in names
     }
-    table = _table(["", *named], rows, kind="stacks words") if rows else "<p>None are told.</p>"
+    table = cells.table(["", *named], rows, kind="stacks words") if rows else "<p>None are told.</p>"
     return f'<section id="settings"><h2>Settings</h2>{table}</section>'
-
-
-# -- cells ------------------------------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Mapping[str, Sequence[str]], kind: str = "stacks") -> str:
-    """A table of cells that are markup already. On a narrow screen each row of a "stacks" is a block of its own."""
-    top = "".join(f'<th scope="col">{_breakable(name)}</th>' for name in head)
-    body = []
-    for name, cells in rows.items():
-        shown = "".join(
-            f'<td data-of="{escape(column)}">{value and f"<span>{value}</span>"}</td>'
-            for column, value in zip(head[1:], cells, strict=True)
-        )
-        body.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
-    table = f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody>"
-    return f'<div class="scroll"><table class="{kind}">{table}</table></div>'
-
-
-def _breakable(name: str) -> str:
-    """A name whose line may break where a path or an identifier has a joint."""
-    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
-
-
-def _interval(value: Any, form: str = "{:.2f}") -> str:
-    if not isinstance(value, Mapping) or not _is_number(value.get("mean")):
-        return ""
-    mean, low, high = value["mean"], value.get("low"), value.get("high")
-    span = f"[{form.format(low)}, {form.format(high)}]" if _is_number(low) and _is_number(high) else ""
-    return form.format(mean) + (f' <span class="range">{span}</span>' if span else "")
-
-
-def _plain(value: Any, form: str = "{:.2f}") -> str:
-    return form.format(value) if _is_number(value) else ""
-
-
-def _pair(value: Any, naive: Any) -> str:
-    if not _is_number(value):
-        return ""
-    return f"{value:,}" + (f' <span class="range">({naive:,})</span>' if _is_number(naive) else "")
-
-
-def _of(title: str, label: str, parts: Mapping[str, Any]) -> str:
-    return escape(f"{title}: {label}" if len(parts) > 1 else title)
-
-
-def _inner(value: Any, name: str) -> Mapping[str, Any]:
-    """A mapping in a mapping; an empty one, if either is something else."""
-    return dict(_pairs(dict(_pairs(value)).get(name)))
-
-
-def _pairs(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, Mapping) else []
-
-
-def _shares(row: Any) -> dict[str, float]:
-    """Shares, also where a row has intervals or percent."""
-    values = {name: value.get("mean") if isinstance(value, Mapping) else value for name, value in _pairs(row)}
-    return {name: value for name, value in values.items() if _is_number(value)}
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,74 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""Tables of a report, and what stands in their cells: a figure that is missing, or is none, is left empty."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Mapping[str, Sequence[str]], kind: str = "stacks") -> str:
+    """A table of cells that are markup already. On a narrow screen each row of a "stacks" is a block of its own."""
+    top = "".join(f'<th scope="col">{breakable(name)}</th>' for name in head)
+    body = []
+    for name, cells in rows.items():
+        shown = "".join(
+            f'<td data-of="{escape(column)}">{value and f"<span>{value}</span>"}</td>'
+            for column, value in zip(head[1:], cells, strict=True)
+        )
+        body.append(f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>')
+    table = f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="{kind}">{table}</table></div>'
+
+
+def breakable(name: str) -> str:
+    """A name whose line may break where a path or an identifier has a joint."""
+    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+
+
+def interval(value: Any, form: str = "{:.2f}") -> str:
+    if not isinstance(value, Mapping) or not is_number(value.get("mean")):
+        return ""
+    mean, low, high = value["mean"], value.get("low"), value.get("high")
+    span = f"[{form.format(low)}, {form.format(high)}]" if is_number(low) and is_number(high) else ""
+    return form.format(mean) + (f' <span class="range">{span}</span>' if span else "")
+
+
+def plain(value: Any, form: str = "{:.2f}") -> str:
+    return form.format(value) if is_number(value) else ""
+
+
+def pair(value: Any, naive: Any) -> str:
+    if not is_number(value):
+        return ""
+    return f"{value:,}" + (f' <span class="range">({naive:,})</span>' if is_number(naive) else "")
+
+
+def of(title: str, label: str, parts: Mapping[str, Any]) -> str:
+    return escape(f"{title}: {label}" if len(parts) > 1 else title)
+
+
+def inner(value: Any, name: str) -> Mapping[str, Any]:
+    """A mapping in a mapping; an empty one, if either is something else."""
+    return dict(pairs(dict(pairs(value)).get(name)))
+
+
+def pairs(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def shares(row: Any) -> dict[str, float]:
+    """Shares, also where a row has intervals or percent."""
+    values = {name: value.get("mean") if isinstance(value, Mapping) else value for name, value in pairs(row)}
+    return {name: value for name, value in values.items() if is_number(value)}
+
+
+def setting(value: Any) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
