@@ -33,6 +33,7 @@ MISTAKES = {
     "a setting": (["--repetition_penalty", 1.1], "repetition_penalty=1.1"),
     "few seeds": (["--num_train_seeds", 2], "2 seeds to train on"),
     "an unreachable action": (["--action_pattern", r"ACTION=(\d)"], "No pattern can produce the legal action"),
+    "no episodes to compare": (["--num_eval_episodes", 0], "num_eval_episodes=0: give more than 0"),
     "the environment": (["--env_kwargs", '{"horizon": 0}'], "horizon=0"),
 }
 

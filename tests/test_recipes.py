@@ -187,8 +187,9 @@ def test_the_card_plays_the_game(short_games):
         (["--env_kwargs", '{"seat": "third"}'], "seat='third'"),
         (["--self_play", "true"], "opponent=.*'noisy'.* has no effect with self_play"),
         (["--action_pattern", r"ACTION=([1-9])"], "No pattern can produce the legal action '0'"),
+        (["--num_transcripts", "0"], "num_transcripts=0: give more than 0"),
     ],
-    ids=["another game", "the seat", "two opponents", "an unreachable action"],
+    ids=["another game", "the seat", "two opponents", "an unreachable action", "no transcripts"],
 )
 def test_mistakes_in_the_game_are_told_first(tmp_path, arguments, said):
     module = recipe("ppo_tictactoe")
