@@ -306,6 +306,9 @@ def test_reward_functions_add_to_the_last_turn(make_trainer):
     # r + row: 0 2 5 | 6 4 5 | 7 8 9 | 12 11 11
     expected = [[-3, -1, 0], [3, 1, 0], [-2.5, -1.5, -1], [2.5, 1.5, 1]]
     assert turn_advantages_of(trainer, batch) == pytest.approx(np.array(expected))
+    # Logged are episodes all the same: their sums are 7, 15, 24, 34
+    assert trainer._metrics["train"]["reward"] == [20.0]
+    assert trainer._metrics["train"]["reward_std"] == [pytest.approx(np.std([7, 15, 24, 34], ddof=1))]
 
 
 def turn_advantages_of(trainer, batch):

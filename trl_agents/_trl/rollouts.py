@@ -93,6 +93,7 @@ class RolloutGRPOTrainer(ScoringGRPOTrainer):
             # TRL compared rows that are neighbours, but these are no group
             self._metrics["train" if self.model.training else "eval"].pop("frac_reward_zero_std", None)
         if self.plays:
+            self._correct_reward(rollout, own)
             self._write_table(rollout, own, self._row_logs)
         else:
             self._correct_advantages(batch)
@@ -147,6 +148,17 @@ class RolloutGRPOTrainer(ScoringGRPOTrainer):
             if self._step % per_epoch == 0 and self._step % (per_epoch * self.num_iterations) != 0:
                 self._buffered_inputs = _reshuffled(played)
         return super()._prepare_inputs(generation_batch)
+
+    def _correct_reward(self, rollout: RolloutRows, own_rewards: torch.Tensor) -> None:
+        """The mean over episodes in the place of TRL's own over rows, of which an episode may have one a turn."""
+        weighted = (own_rewards * self.reward_weights.to(own_rewards.device)).nansum(dim=1)  # (B,)
+        weighted = weighted.masked_fill(own_rewards.isnan().all(dim=1), torch.nan).tolist()
+        scored = [row for row, value in zip(rollout.rows, weighted, strict=True) if value == value]
+        totals = gather_object(sum_by_episode(scored, [value for value in weighted if value == value]))
+        if totals:
+            metrics, totals = self._metrics["train" if self.model.training else "eval"], torch.tensor(totals)
+            metrics["reward"][-1] = totals.mean().item()
+            metrics["reward_std"][-1] = totals.std().item() if len(totals) > 1 else 0.0
 
     def _correct_advantages(self, batch: dict[str, Any]) -> None:
         """The mean of each row's advantages in the place of TRL's own in the table of completions."""
