@@ -49,7 +49,8 @@ class AgentPPOConfig(AgentGRPOConfig):
         value_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the value loss, which has the factor 1/2 inside. N+ and TRL's former trainer: 0.1, ReFT: 5.
         value_clip (`float`, *optional*, defaults to `0.2`):
-            How far a value may move from its old one within a rollout (all papers: 0.2). None clips nothing.
+            How far a value may move from its old one within a rollout (all papers: 0.2, for rewards of size 1). None
+            clips nothing. Where `agents/value_clip_ratio` stays high it is too small for the returns.
         value_head_init (`str`, *optional*, defaults to `"zeros"`):
             `"zeros"`, `"normal"` (standard deviation 1 / sqrt(hidden size + 1)), a folder with a saved value head, or
             a reward model whose head to start from. A value head saved beside the model is loaded unless a folder
@@ -59,7 +60,8 @@ class AgentPPOConfig(AgentGRPOConfig):
             `value_head_init` names, instead of the policy's: a second trunk to hold and to train (ReFT: no
             better, converges sooner). It is saved in the same `value_head.safetensors`.
         value_learning_rate (`float`, *optional*):
-            Learning rate of the head, and of its own trunk. Defaults to `learning_rate`.
+            Learning rate of the head, and of its own trunk. Defaults to `learning_rate`, at which a new head may need
+            hundreds of updates to get from 0 to the size of the returns: see `agents/value_explained_variance`.
         detach_value_head (`bool`, *optional*, defaults to `False`):
             Whether the value loss stops at the head, so that it leaves the policy's trunk alone.
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
