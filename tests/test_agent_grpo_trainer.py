@@ -728,7 +728,7 @@ def test_turn_estimator_does_not_warn_of_equal_length(make_trainer):
 # -- the installed TRL ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["0.17.0", "1.13.0", "1.15.0", "1.17.0", "2.0.0"])
+@pytest.mark.parametrize("version", ["0.17.0", "1.13.0", "1.17.0", "2.0.0"])
 def test_other_releases_of_trl_are_refused(version):
     with pytest.raises(ValueError, match=f"trl {version} is installed.*pip install"):
         check_trl(version=version)
@@ -746,6 +746,15 @@ def test_another_trl_is_told_before_anything_it_lacks(tmp_path):
 
 def test_patch_releases_of_trl_pass():
     check_trl(version="1.16.3")
+
+
+def test_a_trl_for_gpus_alone_is_refused_without_one(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ImportError, match=r"trl 1.15.0 trains on GPUs alone.*!=1.15"):
+        check_trl(version="1.15.0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_trl(version="1.15.0")
 
 
 def test_a_trl_that_moved_its_methods_is_refused():

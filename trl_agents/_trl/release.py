@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 
+import torch
 import trl
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 
-# The releases the tests pass on. `pyproject.toml` says the same to pip. On trl 1.15 they cannot: it trains on GPUs
-# alone, its log-probabilities being a Triton kernel without a way round it.
-SUPPORTED_TRL = SpecifierSet(">=1.14,!=1.15.*,<1.17")
+# The releases the tests pass on. `pyproject.toml` says the same to pip.
+SUPPORTED_TRL = SpecifierSet(">=1.14,<1.17")
 INSTALL = f'Install it with `pip install "trl{SUPPORTED_TRL}"`.'
 
 
@@ -24,6 +25,17 @@ def check_trl_version(version: str) -> None:
     """Raises [`UnsupportedTRL`] unless `version` is one that this package was tested with."""
     if not SUPPORTED_TRL.contains(Version(version), prereleases=True):
         raise UnsupportedTRL(f"trl-agents works with trl{SUPPORTED_TRL}, but trl {version} is installed. {INSTALL}")
+
+
+def check_trl_device(version: str) -> None:
+    """Raises [`UnsupportedTRL`] on trl 1.15 without a GPU: a Triton kernel alone computes its log-probabilities."""
+    has_gpu = torch.cuda.is_available() or torch.xpu.is_available()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # how the tests run it
+    if Version(version).release[:2] == (1, 15) and not has_gpu and not interpreted:
+        raise UnsupportedTRL(
+            f"trl {version} trains on GPUs alone, and there is none. Install another: `pip install "
+            f'"trl{SUPPORTED_TRL},!=1.15.*"`.'
+        )
 
 
 check_trl_version(trl.__version__)  # before anything is imported from TRL that another release may lack
@@ -56,8 +68,9 @@ SEAM_PREFIXES = {
 
 
 def check_trl(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
-    """Raises [`UnsupportedTRL`] if the installed TRL is not one this package was tested with."""
+    """Raises [`UnsupportedTRL`] unless the installed TRL is one this package was tested with, and trains here."""
     check_trl_version(version)
+    check_trl_device(version)
     known = {name: (parameters,) for name, parameters in SEAM.items()} | SEAM_PREFIXES
     for name, forms in known.items():
         method = getattr(trainer_class, name, None)

@@ -206,7 +206,7 @@ class RolloutGRPOTrainer(ScoringGRPOTrainer):
             self._metrics[mode][name].append(value)
 
     def _checkpointing_kwargs(self) -> dict[str, Any]:
-        """How gradient checkpointing is switched on again after a rollout; trl 1.14 cannot be told."""
+        """How gradient checkpointing is switched on again after a rollout; trl 1.15 and older cannot be told."""
         name = "gradient_checkpointing_kwargs"
         told = name in inspect.signature(unwrap_model_for_generation).parameters
         return {name: getattr(self.args, name)} if told else {}
