@@ -78,7 +78,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         eval_dataset (*optional*):
             Likewise; defaults to `args.num_eval_seeds` other seeds if `args.eval_strategy` is set.
         env (`str` or `Callable`, *optional*):
-            Environment id (`"trl_agents/Bandit-v0"`), or a class or factory. `args.env_kwargs` are its arguments.
+            Environment id (`"trl_agents/Bandit-v0"`), or a class or factory, itself or by name
+            (`"package.module:Class"`). `args.env_kwargs` are its arguments.
         action_parser ([`ActionParser`], *optional*):
             Takes actions out of replies. Defaults to the paper's `ACTION=X`.
         **kwargs:
