@@ -23,6 +23,7 @@ from ..envs.make import make_env
 from ..evaluation import validation_seeds
 from ..exploration import make_exploration
 from ..hub import PushesSafely
+from ..rollout.processes import refuse_in_process_of_env
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
@@ -117,6 +118,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         action_parser: ActionParser | None = None,
         **kwargs,
     ):
+        refuse_in_process_of_env()
         check_trl()
         if args is not None and args.deepspeed_plugin is not None:
             # Another trainer's may have come since `args` was made, and it is read when the model is loaded
