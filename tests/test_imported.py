@@ -61,6 +61,14 @@ class Group:
     Inner = Guess
 
 
+class Tool:
+    def look(self):
+        "Looks."
+
+    def reset(self):
+        return "Dark."
+
+
 short = functools.partial(Guess, tries=1)
 instance = Guess()
 gymnasium.register("own_env/Guess-v0", entry_point=Guess, kwargs={"tries": 4})
@@ -166,13 +174,22 @@ def test_wherever_an_id_does(own_env, capsys, monkeypatch):
     assert "Did you mean 'Guess'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("environment", ["own_env:Guess", "own_env:own_env/Guess-v0"])
+@pytest.mark.parametrize("environment", ["own_env:Guess", "own_env:own_env/Guess-v0", "tools:own_env:Tool"])
 def test_the_command_finds_modules_of_the_current_folder(tmp_path, environment):
     """As installed, it is a script in another folder, and Python looks for modules there."""
-    done = run_script(
-        tmp_path, "from trl_agents.cli import main; sys.exit(main())", "play", environment, "--player", "random"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "own_env.py").write_text(MODULE)
+    (tmp_path / "script.py").write_text("import sys\nfrom trl_agents.cli import main\nsys.exit(main())\n")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), "play", environment],
+        cwd=tmp_path / "here",
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        input="quit\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert done.returncode == 0 and "Return " in done.stdout, done.stderr
+    assert done.returncode == 0 and "Return 0.00 so far" in done.stdout, done.stderr
 
 
 def test_recipes_find_modules_of_the_current_folder(own_env, monkeypatch):
@@ -186,18 +203,6 @@ def test_recipes_find_modules_of_the_current_folder(own_env, monkeypatch):
     monkeypatch.chdir(own_env)
     (arguments,) = parse_arguments("config.yaml", Arguments)
     assert make_env(arguments.env_id).tries == 3
-
-
-def run_script(folder, code, *arguments):
-    """Runs a script of another folder in one where `own_env` lies."""
-    (folder / "here").mkdir()
-    (folder / "here" / "own_env.py").write_text(MODULE)
-    (folder / "script.py").write_text(f"import sys\n{code}")
-    command = [sys.executable, str(folder / "script.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(
-        command, cwd=folder / "here", env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def test_a_factory_is_still_what_it_was(own_env):
