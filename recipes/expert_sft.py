@@ -52,7 +52,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "expert_sft_tiny.yaml"
 class ScriptArguments:
     """Arguments of the recipe. How the model plays and how the RL fine-tuning goes is said by AgentGRPOConfig's."""
 
-    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment.")
+    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment, or MODULE:CLASS.")
     action_pattern: str | None = argument(None, "Regular expression that finds the action. Default: ACTION=X.")
     expert: str = argument(
         "ucb", "Who is cloned: ucb, linucb, minimax, or for the behaviour alone any scripted player."

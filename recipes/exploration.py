@@ -45,7 +45,7 @@ MEASURES = ("coverage", "regret", "invalid_rate")
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment.")
+    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment, or MODULE:CLASS.")
     mechanisms: list[str] = argument(
         ["none", "try_all", "epsilon_greedy=0.1"],
         "What to compare: none, or as for `exploration`; + joins several, try_all+context_summary.",

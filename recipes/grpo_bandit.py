@@ -32,7 +32,9 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env_id: str = field(default="trl_agents/Bandit-v0", metadata={"help": "Id of the bandit environment."})
+    env_id: str = field(
+        default="trl_agents/Bandit-v0", metadata={"help": "Id of the bandit environment, or MODULE:CLASS."}
+    )
     action_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression with one group that finds the action. Default: ACTION=X."}
     )

@@ -73,7 +73,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     check_run(env_id, training_args, parser, peft_config=adapters)
-    game = make_env(env_id, **env_kwargs).unwrapped
+    game = make_env(env_id, **env_kwargs)
+    game = getattr(game, "unwrapped", game)
     if not isinstance(game, TicTacToe):
         raise ValueError(f"env_id={env_id!r} is not tic-tac-toe, which is played here: use trl_agents/TicTacToe-v0.")
     if script_args.self_play and "opponent" in env_kwargs:

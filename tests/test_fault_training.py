@@ -139,6 +139,15 @@ def test_environments_in_processes(tmp_path):
     assert multiprocessing.active_children() == []
 
 
+def test_what_cannot_be_pickled_is_refused_when_the_trainer_is_made(tmp_path):
+    class Local(Nonce):
+        pass
+
+    args = make_config(tmp_path / "out", env_processes=True)
+    with pytest.raises(ValueError, match="process of its own.*Local"):
+        EchoTrainer(save_tiny_model(tmp_path / "model"), env=Local, args=args)
+
+
 def test_an_environment_that_fails_once_when_the_trainer_is_made(tmp_path):
     attempts = itertools.count()
 

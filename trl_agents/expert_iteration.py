@@ -31,7 +31,7 @@ from .tiny import make_tiny_model, save_tiny_start
 class IterationArguments:
     """What is sampled, and what of it is kept. How a round fine-tunes is said by the arguments of SFTConfig."""
 
-    env_id: str | None = argument(None, "Id of the environment that is played.")
+    env_id: str | None = argument(None, "Id of the environment that is played, or MODULE:CLASS.")
     env_kwargs: dict | str | None = argument(None, "Its settings, as JSON.")
     context: str = argument("chat", "What is read each turn.", choices=["chat", "window"])
     window: int | None = argument(None, "With a window, the number of transitions kept. Default: all.")

@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from ._trl import GRPOConfig, ModelConfig, TrlParser
 from .data import as_settings, load_questions
+from .envs.imported import look_here
 from .hub import Token, stage_repository
 
 
@@ -27,7 +28,7 @@ NO_RESULT_PREFIXES = ("logging_", "log_level", "save_", "hub_", "dataloader_", "
 def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple[Any, ...]:
     """
     A script's arguments, from `--config` and the command line. Without `--config` it is `default_config`, so that a
-    recipe runs without any.
+    recipe runs without any. What they name, such as `--env_id my_module:MyEnvironment`, may be in the current folder.
 
     Args:
         default_config (`str` or `Path`):
@@ -35,6 +36,7 @@ def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple
         *dataclass_types (`type`):
             What the arguments become, as for [`~trl.TrlParser`]: one instance each is returned.
     """
+    look_here()
     arguments = []
     for argument in sys.argv[1:]:  # TRL's parser knows no `--config=FILE`
         arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 
 from .._version import __version__
+from ..envs.imported import look_here
 from . import diagnose, estimate, evaluate, play, view
 
 
@@ -35,6 +36,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` says (by default that of the command line), and return its exit code."""
+    if argv is None:
+        look_here()
     args = make_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():

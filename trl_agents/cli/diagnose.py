@@ -27,7 +27,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("player", metavar="MODEL", help="folder of a model, a Hub id, or a scripted player")
-    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ID", help=f"environment (default: {DEFAULT_ENV})")
+    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ENV", help=f"or MODULE:CLASS (default: {DEFAULT_ENV})")
     add_env_kwargs(parser)
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of this diagnosis")
     parser.add_argument(

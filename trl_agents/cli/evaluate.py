@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLAYER",
         help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table",
     )
-    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ID", help=f"environment (default: {DEFAULT_ENV})")
+    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ENV", help=f"or MODULE:CLASS (default: {DEFAULT_ENV})")
     add_env_kwargs(parser)
     parser.add_argument(
         "--num_episodes", type=positive, default=64, metavar="N", help="held-out episodes (default: 64)"

@@ -14,7 +14,7 @@ from typing import Any
 
 import gymnasium
 
-from ..envs.make import make_env
+from ..envs.make import find_factory, make_env
 from ..exploration import make_exploration
 
 
@@ -105,14 +105,14 @@ def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
         `ValueError`: that names what is close to it, if there is no such environment, or its arguments, if they do
             not fit, or what is amiss, if it is none for text.
     """
-    if ":" not in env_id:  # `module:id` is imported by Gymnasium first
+    if ":" not in env_id:  # else a module is named, or a suite
         try:
             gymnasium.spec(env_id)
         except gymnasium.error.Error:
             ours = sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/"))
             raise ValueError(
                 f"There is no environment {env_id!r}.{close_to(env_id, ours, gymnasium.registry)} Those of trl_agents "
-                f"are {', '.join(ours)}; of another package, say MODULE:ID."
+                f"are {', '.join(ours)}; for your own, say MODULE:CLASS, or MODULE:ID of one that MODULE registers."
             ) from None
     known = _arguments(env_id)
     if known and (unknown := sorted(set(env_kwargs) - set(known))):
@@ -131,7 +131,7 @@ def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
 def _arguments(env_id: str) -> list[str]:
     """The names of an environment's arguments; none, if it takes any or they cannot be told."""
     try:
-        made_by = gymnasium.spec(env_id).entry_point
+        made_by = find_factory(env_id) or gymnasium.spec(env_id.rpartition(":")[2]).entry_point
         made_by = gymnasium.envs.registration.load_env_creator(made_by) if isinstance(made_by, str) else made_by
         parameters = inspect.signature(made_by).parameters.values()
     except (gymnasium.error.Error, ImportError, AttributeError, TypeError, ValueError):

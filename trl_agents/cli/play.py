@@ -24,6 +24,7 @@ examples:
   trl-agents play trl_agents/Bandit-v0
   trl-agents play trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal", "board": "grid"}' --seed 3
   trl-agents play trl_agents/Bandit-v0 --player ucb --seed 3
+  trl-agents play my_module:MyEnvironment
   trl-agents play trl_agents/Bandit-v0 --player outputs/grpo_bandit_tiny --context window
 
 While playing, `?` shows the instructions again and `quit` (or Ctrl-D, or Ctrl-C) leaves.
@@ -31,7 +32,7 @@ While playing, `?` shows the instructions again and `quit` (or Ctrl-D, or Ctrl-C
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("env", metavar="ENV", help="id of an environment, such as trl_agents/Bandit-v0")
+    parser.add_argument("env", metavar="ENV", help="an id such as trl_agents/Bandit-v0, or MODULE:CLASS")
     parser.add_argument("--player", help="who plays in your place: a scripted player, a model's folder or Hub id")
     parser.add_argument(
         "--seed", type=not_negative, help="of the episode: the same seed, the same luck (default: any)"

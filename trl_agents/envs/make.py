@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium
+from gymnasium.envs.registration import find_highest_version, load_env_creator
 
 from .adapters import PREFIXES, adapt
+from .imported import import_named, import_object, is_path
+
+
+SUITES = f"Ids of other suites begin with {', '.join(f'{prefix}:' for prefix in PREFIXES)}."
 
 
 class ShowThrough(gymnasium.Wrapper):
@@ -30,7 +37,7 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
             An id that is registered with Gymnasium, such as `"trl_agents/Bandit-v0"`; an environment of another suite,
             such as `"gymnasium:FrozenLake-v1"`, `"textarena:Nim-v0"`, `"gem:game:GuessTheNumber-v0-easy"`,
             `"reasoning_gym:countdown"`, `"openenv:http://localhost:8000"` or `"tools:package.module:Class"` (see
-            [`~envs.adapters`]); or a class or factory.
+            [`~envs.adapters`]); or a class or factory, itself or by name, `"package.module:Class"`.
         **env_kwargs:
             Passed to the environment's constructor.
 
@@ -55,21 +62,67 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
     try:
         if prefix in PREFIXES:
             return adapt(prefix, name, **env_kwargs)
-        return show_through(gymnasium.make(env, **env_kwargs) if isinstance(env, str) else env(**env_kwargs))
+        factory = find_factory(env) if isinstance(env, str) else env
+        return show_through(_make_registered(env, env_kwargs) if factory is None else factory(**env_kwargs))
     except (gymnasium.error.Error, ImportError) as error:
         if not isinstance(env, str):
             raise
         ours = ", ".join(sorted(id_ for id_ in gymnasium.registry if id_.startswith("trl_agents/")))
         raise ValueError(
-            f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}; those of "
-            f"other suites begin with {', '.join(f'{prefix}:' for prefix in PREFIXES)}. Register others with "
-            "gymnasium.register, or pass a class or a factory."
+            f"No environment could be made from the id {env!r}: {error} The ids of trl_agents are: {ours}. {SUITES} "
+            "Register others with gymnasium.register, or pass a class or a factory, by name 'package.module:Class'."
         ) from error
     except TypeError as error:
-        unknown = "unexpected keyword argument" in str(error)
+        unknown = "unexpected keyword argument" in str(error) or (env_kwargs and "takes no arguments" in str(error))
         if not unknown:
             raise
         raise ValueError(f"The environment {env!r} does not take env_kwargs={env_kwargs!r}: {error}") from error
+
+
+def find_factory(env: str) -> Callable[..., Any] | None:
+    """
+    The class or factory that `"package.module:Class"` names; None, if `env` is an id. Gymnasium has ids of that form,
+    `"module:Id-v0"`, whose module registers them: it is imported here.
+    """
+    module, colon, name = env.partition(":")
+    if not colon or module in PREFIXES:
+        return None
+    if ":" in name:
+        raise ValueError(f"env={env!r} is no id, and not `package.module:Class`: {SUITES}")
+    try:
+        found = import_named(module)
+    except ValueError as error:
+        raise ValueError(f"{env!r} names no environment: {error} Or did you mean a suite? {SUITES}") from error
+    if name in gymnasium.registry or not is_path(name):
+        return None
+    if find_highest_version(None, name) is not None and not hasattr(found, name):
+        return None  # Gymnasium finds the latest version itself
+    return import_object(env)
+
+
+def _make_registered(env: str, env_kwargs: dict[str, Any]) -> Any:
+    """An environment by its id. Gymnasium makes its own kind alone; other classes are made here, unwrapped."""
+    spec = gymnasium.registry.get(env.rpartition(":")[2])
+    creator = spec.entry_point if spec else None
+    if isinstance(creator, str):
+        creator = load_env_creator(creator)
+    if not inspect.isclass(creator) or issubclass(creator, gymnasium.Env):
+        try:
+            # Gymnasium's checker asks for spaces, of which text has no need; ours is `check_env`
+            return gymnasium.make(env, **{"disable_env_checker": True, **env_kwargs})
+        except TypeError as error:
+            if "must inherit from the gymnasium.Env" not in str(error):
+                raise
+            raise ValueError(
+                f"{env!r} was registered with what makes no gymnasium.Env: inherit from it, or pass the factory "
+                "itself, by name 'package.module:factory'."
+            ) from error
+    if spec.max_episode_steps is not None or spec.additional_wrappers:
+        raise ValueError(
+            f"{env!r} was registered with max_episode_steps or wrappers, which only a gymnasium.Env can have: let "
+            f"{creator.__name__} inherit from it, or end the episodes itself."
+        )
+    return creator(**{**copy.deepcopy(spec.kwargs), **env_kwargs})
 
 
 def show_through(env: Any) -> Any:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +20,24 @@ from .faults import Fault, RemoteFault, describe
 
 # How long an environment may take to close, and then its process to end.
 CLOSE_SECONDS, END_SECONDS = 10.0, 5.0
+
+NAME, UNGUARDED = "trl-agents-env", 83  # of the processes, and the exit code of those that begin the run again
+
+
+class NoGuard(ValueError):
+    """The run is begun again by every process that it starts."""
+
+    def __init__(self):
+        super().__init__(
+            "A process for an environment imports your script, and so would begin the run again: put `if __name__ == "
+            '"__main__":` above what starts the run, or leave out env_processes=True.'
+        )
+
+
+def refuse_in_process_of_env() -> None:
+    """Ends the process if it is an environment's: what begins a run there stands in a script without a guard."""
+    if multiprocessing.current_process().name == NAME:
+        os._exit(UNGUARDED)  # at once, and without a traceback: the one who started it tells what is wrong
 
 
 class EnvProcess:
@@ -37,7 +57,7 @@ class EnvProcess:
         context = multiprocessing.get_context("spawn")  # a fork of many threads, some of them torch's, may deadlock
         self.has_answered = False
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, factory), name="trl-agents-env", daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, factory), name=NAME, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -69,6 +89,8 @@ class EnvProcess:
             fault, answer = self.pipe.recv()
         except (EOFError, OSError):
             self._end()
+            if self.process.exitcode == UNGUARDED:
+                raise NoGuard from None
             hint = "" if self.has_answered else " before it could answer: is the run below `if __name__ == ...`?"
             error = f"the environment's process ended with exit code {self.process.exitcode}{hint}"
             raise RemoteFault(Fault.CRASH, error) from None
@@ -93,13 +115,39 @@ def _kill_group(leader: int) -> None:
 
 def check_picklable(factory: Callable[[], Any]) -> None:
     """Raises `ValueError` if no other process can be told how to make the environment."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is None and hasattr(main, "__file__") and not _has_file():
+        raise ValueError(
+            f"An environment in a process of its own imports the script, and {main.__file__!r} is no file. Save the "
+            "script as one, or let environments run in threads."
+        )
     try:
-        pickle.dumps(factory)
+        _Pickler(io.BytesIO()).dump(factory)
     except Exception as error:
         raise ValueError(
             f"An environment in a process of its own must be made from what can be pickled, but: {error}. Define its "
-            "class or factory at the top of a module, or let environments run in threads."
+            "class or factory at the top of a module, a file to import it from, or let environments run in threads."
         ) from error
+
+
+class _Pickler(pickle.Pickler):
+    """Refuses what would be pickled, and not found by the process that unpickles it: it imports `__main__` anew."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if getattr(value, "__module__", None) == "__main__" and hasattr(value, "__qualname__") and not _has_file():
+            raise ValueError(
+                f"`{value.__qualname__}` was written in a notebook, on standard input or in a package's `__main__`, "
+                "which other processes cannot import"
+            )
+        return NotImplemented
+
+
+def _has_file() -> bool:
+    """Whether processes that are started find the `__main__` of this one, as `multiprocessing` looks for it."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is not None:  # begun with `python -m`
+        return main.__spec__.name.rpartition(".")[2] != "__main__"
+    return os.path.isfile(getattr(main, "__file__", None) or "")
 
 
 def _serve(pipe: Connection, factory: Callable[[], Any]) -> None:

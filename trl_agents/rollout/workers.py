@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from .faults import Fault, RemoteFault, checked_reset, checked_step, describe
-from .processes import CLOSE_SECONDS, EnvProcess, check_picklable
+from .processes import CLOSE_SECONDS, EnvProcess, NoGuard, check_picklable, refuse_in_process_of_env
 
 
 # How long one is waited for that was given up; closing all the others may take `CLOSE_SECONDS` together.
@@ -90,6 +90,7 @@ class EnvPool:
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value!r}: give a positive number of seconds, or None to wait for ever.")
         if processes:
+            refuse_in_process_of_env()
             check_picklable(factory)
         self.factory = functools.partial(EnvProcess, factory) if processes else factory
         self.timeout = math.inf if timeout is None else timeout
@@ -139,6 +140,8 @@ class EnvPool:
             del self.waiting[slot]
             if fault is not None:
                 self._dismiss(slot)
+                if isinstance(error, NoGuard):
+                    raise error  # so would all others
                 replies.append(EnvReply(slot, seconds=seconds, fault=fault, error=error))
             else:
                 replies.append(EnvReply(slot, *value, seconds=seconds))
@@ -248,7 +251,7 @@ class _Worker:
                 fault = None
             except BaseException as exception:  # also what would end the thread silently, and leave us waiting
                 fault = exception.fault if isinstance(exception, RemoteFault) else fault
-                error = describe(exception)
+                error = exception if isinstance(exception, NoGuard) else describe(exception)
             answers.put((self, slot, value, fault, error, time.monotonic() - started))
         try:
             if self.env is not None:

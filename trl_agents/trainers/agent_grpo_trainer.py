@@ -23,6 +23,7 @@ from ..envs.make import make_env
 from ..evaluation import validation_seeds
 from ..exploration import make_exploration
 from ..hub import PushesSafely
+from ..rollout.processes import refuse_in_process_of_env
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
@@ -78,7 +79,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         eval_dataset (*optional*):
             Likewise; defaults to `args.num_eval_seeds` other seeds if `args.eval_strategy` is set.
         env (`str` or `Callable`, *optional*):
-            Environment id (`"trl_agents/Bandit-v0"`), or a class or factory. `args.env_kwargs` are its arguments.
+            Environment id (`"trl_agents/Bandit-v0"`), or a class or factory, itself or by name
+            (`"package.module:Class"`). `args.env_kwargs` are its arguments.
         action_parser ([`ActionParser`], *optional*):
             Takes actions out of replies. Defaults to the paper's `ACTION=X`.
         **kwargs:
@@ -116,6 +118,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         action_parser: ActionParser | None = None,
         **kwargs,
     ):
+        refuse_in_process_of_env()
         check_trl()
         if args is not None and args.deepspeed_plugin is not None:
             # Another trainer's may have come since `args` was made, and it is read when the model is loaded

@@ -15,6 +15,7 @@ from ..contexts import Briefing
 from ..envs.make import make_env
 from ..exploration import make_exploration
 from ..rollout.faults import checked_reset
+from ..rollout.processes import check_picklable
 from .agent_grpo_config import AgentGRPOConfig
 
 
@@ -158,6 +159,8 @@ def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
 ) -> Briefing:
     """Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
+    if args.env_processes:
+        check_picklable(factory)
     try:
         env, info = _start(factory, row)
     except Exception:  # as in a rollout, once is no time

@@ -7,9 +7,9 @@ import asyncio
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib import import_module
 from typing import Any
 
+from ..imported import import_object
 from .luck import episode_luck, own_luck
 from .suites import joined
 from .tool_calls import as_text, describe_tools, read_call
@@ -59,7 +59,7 @@ class ToolEnvironment:
         if max_calls < 1:
             raise ValueError(f"max_calls={max_calls!r} leaves no call to make: give a positive number.")
         with own_luck(0):
-            self.env = (_imported(environment) if isinstance(environment, str) else environment)(**kwargs)
+            self.env = (import_object(environment) if isinstance(environment, str) else environment)(**kwargs)
         self.max_calls, self.tools_draw = max_calls, tools_draw
         if not callable(getattr(self.env, "reset", None)):
             raise ValueError(f"{type(self.env).__name__} has no method `reset`: define one, which may return a text.")
@@ -129,14 +129,6 @@ class ToolEnvironment:
         except Exception as error:  # the arguments are a model's: what a tool makes of them is data
             problem = f"{type(error).__name__}: {error}"
             return f"Error: {problem}", False, {**info, "tool_error": problem}
-
-
-def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path!r} is not `package.module:Class` of something that is there: {error}") from error
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
