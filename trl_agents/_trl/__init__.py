@@ -16,6 +16,7 @@ from .release import UnsupportedTRL, check_trl  # refuses other releases before 
 # isort: split
 from trl import (
     GRPOConfig,
+    GRPOTrainer,
     ModelConfig,
     RewardConfig,
     RewardTrainer,
@@ -39,6 +40,7 @@ except ImportError:  # trl 1.14
 
 __all__ = [
     "GRPOConfig",
+    "GRPOTrainer",
     "ModelConfig",
     "RewardConfig",
     "RewardTrainer",

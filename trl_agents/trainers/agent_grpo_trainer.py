@@ -26,9 +26,10 @@ from ..hub import PushesSafely
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
-from .checks import check_dataset, check_environment, check_fsdp, check_settings, check_types
+from .checks import check_environment, check_fsdp, check_settings, check_types
 from .credit import CreditingGRPOTrainer
 from .display import show_training
+from .inputs import check_arguments, check_dataset, check_questions
 from .memory import Memorize, agreed_on, recall_from, write_memory
 
 
@@ -120,12 +121,14 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         if args is not None and args.deepspeed_plugin is not None:
             # Another trainer's may have come since `args` was made, and it is read when the model is loaded
             args.deepspeed_plugin.set_deepspeed_weakref()
+        check_arguments(type(self).__name__, AgentGRPOConfig if args is None else type(args), kwargs)
         self.plays = env is not None
         if not self.plays:
             if action_parser is not None:
                 raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
             if getattr(args, "exploration", None):
                 raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
+            check_questions(args, reward_funcs, train_dataset, eval_dataset, kwargs)
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
             self._keep_packing()
             self.add_callback(Memorize(self))

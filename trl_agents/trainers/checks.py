@@ -16,10 +16,14 @@ from ..envs.make import make_env
 from ..exploration import make_exploration
 from ..rollout.faults import checked_reset
 from .agent_grpo_config import AgentGRPOConfig
+from .inputs import check_arguments, check_dataset, check_questions
 
 
 def check_run(
-    env: str | Callable[..., Any], args: AgentGRPOConfig, action_parser: ActionParser | None = None, **kwargs: Any
+    env: str | Callable[..., Any] | None,
+    args: AgentGRPOConfig,
+    action_parser: ActionParser | None = None,
+    **kwargs: Any,
 ) -> None:
     """
     Raises now what would be raised when the trainer is made: for scripts that prepare for minutes before they have a
@@ -27,7 +31,7 @@ def check_run(
 
     Args:
         env (`str` or `Callable`):
-            Environment id, class or factory.
+            Environment id, class or factory; None for questions, which `kwargs` bring.
         args ([`AgentGRPOConfig`]):
             Configuration of the trainer.
         action_parser ([`ActionParser`], *optional*):
@@ -36,6 +40,11 @@ def check_run(
             Other arguments that the trainer will be given (`reward_funcs`, `train_dataset`, `peft_config`, ...).
     """
     check_trl()
+    check_arguments("check_run", type(args), kwargs)
+    if env is None:
+        names = ("reward_funcs", "train_dataset", "eval_dataset")
+        check_questions(args, *(kwargs.get(name) for name in names), kwargs)
+        return
     check_types(args, action_parser)
     reward_funcs = kwargs.pop("reward_funcs", None) or []
     check_settings(args, None, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], kwargs)
@@ -202,19 +211,3 @@ def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[s
 def _close(env: Any) -> None:
     with suppress(Exception):  # as in a rollout: nothing depends on a clean end
         env.close()
-
-
-def check_dataset(dataset: Any, at_least: int = 0) -> None:
-    """Raises `ValueError` for a dataset that does not say which episodes to play, or has fewer than `at_least`."""
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        columns = getattr(part, "column_names", None)
-        if columns is not None and "seed" not in columns:
-            raise ValueError(
-                f"With `env`, a dataset says which episodes to play in a column 'seed', but its columns are {columns}."
-                " Add one, or leave the dataset out."
-            )
-        if hasattr(part, "__len__") and len(part) < at_least:
-            raise ValueError(
-                f"{len(part)} seeds to train on, but each generation batch takes {at_least} (generation_batch_size / "
-                "num_generations): nothing would be trained. Give more seeds, or a smaller batch."
-            )
