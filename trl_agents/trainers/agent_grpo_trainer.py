@@ -175,7 +175,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
-        self.lost_shares = deque([0.0] * 3, maxlen=3)  # of the latest rollouts' episodes: lost to faults
+        self.lost_shares = deque(maxlen=3)  # of the latest rollouts' episodes: lost to faults
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
         self.latest: list[Trajectory] = []  # those, or of `play` if that was later
 
@@ -202,6 +202,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             recall_from(self, self.resumed_from)
         try:
             output = super().train(self.resumed_from, *args, **kwargs)
+            if self.plays and self.lost_shares:
+                self.limit_faults(len(self.lost_shares))  # there are no more to come
         finally:
             self.close_environments()
             if self.display is not None:
