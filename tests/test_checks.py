@@ -5,12 +5,14 @@ import warnings
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from scripted import Pay, make_config
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
-from trl_agents import ActionParser, AgentPPOConfig, check_run
+from trl_agents import ActionParser, AgentGRPOTrainer, AgentPPOConfig, check_run
 from trl_agents.envs import Bandit
-from trl_agents.trainers import checks
+from trl_agents.trainers import checks, packages
 
 
 MISTAKES = {
@@ -74,6 +76,43 @@ def test_check_run_asks_for_the_installed_trl(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "check_trl", refuse)
     with pytest.raises(ImportError, match="too old"):
         check_run(Pay, make_config(tmp_path))
+
+
+PACKAGES = {
+    "tensorboard": (None, {"report_to": "tensorboard"}, {}, "pip install tensorboard"),
+    "wandb": (None, {"report_to": ["tensorboard", "wandb"]}, {}, "pip install wandb"),
+    "comet_ml": (None, {"report_to": "comet_ml"}, {}, "pip install comet-ml"),
+    "vllm": ("is_vllm_available", {"use_vllm": True}, {}, r'pip install -e "\.\[vllm\]"'),
+    "peft": ("is_peft_available", {}, {"peft_config": LoraConfig()}, "pip install peft"),
+    "8 bits": (
+        "is_bitsandbytes_available",
+        {},
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        r'pip install -e "\.\[qlora\]"',
+    ),
+    "8 bits of the settings": (
+        "is_bitsandbytes_available",
+        {"model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}},
+        {},
+        r'pip install -e "\.\[qlora\]"',
+    ),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("env", [Pay, None])
+def test_a_package_that_is_missing(tmp_path, monkeypatch, package, env):
+    check, settings, kwargs, message = PACKAGES[package]
+    if check is None:
+        monkeypatch.setitem(packages.TRACKERS, package.replace("_", "-"), lambda: False)
+    else:
+        monkeypatch.setattr(packages, check, lambda: False)
+    if env is None:
+        kwargs = {**kwargs, "reward_funcs": len, "train_dataset": Dataset.from_dict({"prompt": ["?"] * 2})}
+    with pytest.raises(ImportError, match=message):
+        check_run(env, make_config(tmp_path / "out", **settings), **kwargs)
+    with pytest.raises(ImportError, match=message):
+        AgentGRPOTrainer("no/model", env=env, args=make_config(tmp_path / "out", **settings), **kwargs)
 
 
 def test_dr_grpo_divides_by_one_reply(tmp_path):

@@ -25,6 +25,7 @@ from trl import (
     SFTTrainer,
     TrlParser,
 )
+from trl.import_utils import is_liger_kernel_available, is_vllm_available
 from trl.trainer.utils import disable_dropout_in_model
 
 from .rollouts import RolloutGRPOTrainer, RolloutRows
@@ -54,4 +55,6 @@ __all__ = [
     "add_fused_lm_head",
     "check_trl",
     "disable_dropout_in_model",
+    "is_liger_kernel_available",
+    "is_vllm_available",
 ]

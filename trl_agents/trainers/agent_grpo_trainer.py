@@ -31,6 +31,7 @@ from .credit import CreditingGRPOTrainer
 from .display import show_training
 from .inputs import check_arguments, check_dataset, check_questions
 from .memory import Memorize, agreed_on, recall_from, write_memory
+from .packages import check_packages
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -129,6 +130,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             if getattr(args, "exploration", None):
                 raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
             check_questions(args, reward_funcs, train_dataset, eval_dataset, kwargs)
+            if args is not None:
+                check_packages(args, kwargs)
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
             self._keep_packing()
             self.add_callback(Memorize(self))
@@ -147,6 +150,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         self.action_parser = action_parser or ActionParser()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         check_settings(args, model, reward_funcs, kwargs)
+        check_packages(args, kwargs)
         if train_dataset is None:
             train_dataset = episode_dataset(range(args.num_train_seeds))
         if eval_dataset is None and args.eval_strategy != "no":

@@ -17,6 +17,7 @@ from ..exploration import make_exploration
 from ..rollout.faults import checked_reset
 from .agent_grpo_config import AgentGRPOConfig
 from .inputs import check_arguments, check_dataset, check_questions
+from .packages import check_packages
 
 
 def check_run(
@@ -44,10 +45,12 @@ def check_run(
     if env is None:
         names = ("reward_funcs", "train_dataset", "eval_dataset")
         check_questions(args, *(kwargs.get(name) for name in names), kwargs)
+        check_packages(args, kwargs)
         return
     check_types(args, action_parser)
     reward_funcs = kwargs.pop("reward_funcs", None) or []
     check_settings(args, None, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], kwargs)
+    check_packages(args, kwargs)
     dataset = kwargs.get("train_dataset")
     if dataset is None:
         dataset = [{"seed": seed} for seed in range(args.num_train_seeds)]
