@@ -17,6 +17,14 @@ from trl_agents.trainers import checks, packages
 
 MISTAKES = {
     "unknown id": ("trl_agents/Bandid-v0", {}, {}, "Bandid-v0.*trl_agents/Bandit-v0"),
+    "environment's argument name": (
+        "trl_agents/Bandit-v0",
+        {"env_kwargs": {"n_arm": 3}},
+        {},
+        "no argument 'n_arm'. Did you mean n_arms. Its arguments: n_arms, horizon",
+    ),
+    "class's argument name": (Pay, {"env_kwargs": {"horizont": 3}}, {}, "Did you mean horizon. .*: horizon, actions"),
+    "no text": ("FrozenLake-v1", {}, {}, r"is no text .*are Discrete\(16\). Say 'gymnasium:FrozenLake-v1'"),
     "environment's argument": (Bandit, {"env_kwargs": {"horizon": 0}}, {}, "horizon=0"),
     "unreachable action": (Pay, {}, {"action_parser": ActionParser(r"ACTION=(\d)")}, "No pattern can produce"),
     "setting": (Pay, {"repetition_penalty": 1.1}, {}, "repetition_penalty=1.1"),
@@ -64,6 +72,7 @@ def test_without_legal_actions_an_invalid_reply_ends_the_episode(tmp_path):
 
 
 def test_check_run_lets_pass_what_trains(tmp_path):
+    check_run("trl_agents/Bandit-v0", make_config(tmp_path, env_kwargs={"max_episode_steps": 3, "n_arms": 3}))
     check_run(Pay, make_config(tmp_path / "out", beta=0.1))  # the reference's model is not there yet
     check_run("trl_agents/Bandit-v0", make_config(tmp_path / "out", reward_weights=[1.0]), reward_funcs=len)
     assert not (tmp_path / "out").exists()

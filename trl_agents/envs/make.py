@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 
 from .adapters import PREFIXES, adapt
+from .names import unknown_argument
 
 
 class ShowThrough(gymnasium.Wrapper):
@@ -55,7 +56,7 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
     try:
         if prefix in PREFIXES:
             return adapt(prefix, name, **env_kwargs)
-        return show_through(gymnasium.make(env, **env_kwargs) if isinstance(env, str) else env(**env_kwargs))
+        made = show_through(gymnasium.make(env, **env_kwargs) if isinstance(env, str) else env(**env_kwargs))
     except (gymnasium.error.Error, ImportError) as error:
         if not isinstance(env, str):
             raise
@@ -69,7 +70,18 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
         unknown = "unexpected keyword argument" in str(error)
         if not unknown:
             raise
-        raise ValueError(f"The environment {env!r} does not take env_kwargs={env_kwargs!r}: {error}") from error
+        told = "" if prefix in PREFIXES else unknown_argument(env, env_kwargs)
+        raise ValueError(
+            f"The environment {env!r} does not take env_kwargs={env_kwargs!r}: {told or error}"
+        ) from error
+    space = getattr(made, "observation_space", None)
+    if isinstance(env, str) and not hasattr(made, "instructions") and not isinstance(space, gymnasium.spaces.Text):
+        made.close()
+        raise ValueError(
+            f"{env} is no text environment: it has no `instructions`, and its observations are {space}. Say "
+            f"'gymnasium:{env}', which puts it into words."
+        )
+    return made
 
 
 def show_through(env: Any) -> Any:
