@@ -6,6 +6,7 @@ from datasets import Dataset
 from scripted import Pay, make_config, save_tiny_model
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer, check_run
+from trl_agents.evaluation import validation_seeds
 from trl_agents.rewards import numeric_reward
 
 
@@ -69,3 +70,38 @@ def test_check_run_without_an_environment(tmp_path, settings):
             check_run(None, args, **ENOUGH)
     else:
         check_run(None, args, **ENOUGH)
+
+
+# -- evaluation without `eval_strategy` --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_evaluate_plays_the_validation_seeds(tmp_path, model_dir, trainer):
+    evaluated = make(tmp_path, trainer, model_dir, {"num_eval_seeds": 4}, env=Pay)
+    metrics = evaluated.evaluate()
+    assert metrics["eval_agents/turns_mean"] == 3.0
+    assert evaluated.eval_dataset["seed"] == list(validation_seeds(4))
+    evaluated.evaluate(Dataset.from_dict({"prompt": [""], "seed": [5]}))
+    assert {trajectory.seed for trajectory in evaluated.trajectories} == {5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "dataset", "message"),
+    [
+        ({}, questions(2), r"column 'seed', but its columns are \['prompt', 'answer'\]"),
+        ({"num_eval_seeds": 0}, None, "num_eval_seeds=0, or pass an `eval_dataset`"),
+        (
+            {"per_device_eval_batch_size": 3},
+            None,
+            "of 3 .*num_generations_eval=2: .*_batch_size=3 a multiple",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_on(tmp_path, model_dir, settings, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, model=model_dir, settings=settings, env=Pay).evaluate(dataset)

@@ -26,7 +26,7 @@ from ..hub import PushesSafely
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
-from .checks import check_environment, check_fsdp, check_settings, check_types
+from .checks import check_environment, check_evaluation, check_fsdp, check_settings, check_types
 from .credit import CreditingGRPOTrainer
 from .display import show_training
 from .inputs import check_arguments, check_dataset, check_questions
@@ -78,7 +78,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             With `env`, a column `seed` says which episodes to train on, and a column `options` what else `reset` is
             given. Defaults to `args.num_train_seeds` seeds.
         eval_dataset (*optional*):
-            Likewise; defaults to `args.num_eval_seeds` other seeds if `args.eval_strategy` is set.
+            Likewise; defaults to `args.num_eval_seeds` other seeds.
         env (`str` or `Callable`, *optional*):
             Environment id (`"trl_agents/Bandit-v0"`), or a class or factory. `args.env_kwargs` are its arguments.
         action_parser ([`ActionParser`], *optional*):
@@ -217,6 +217,15 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
     def log(self, logs, start_time=None):
         with nullcontext() if self.display is None else self.display.aside():
             super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As [`~transformers.Trainer.get_eval_dataloader`]; by default of the validation seeds."""
+        if self.plays:
+            if eval_dataset is None and self.eval_dataset is None:  # `evaluate` without `eval_strategy`
+                self.eval_dataset = episode_dataset(validation_seeds(self.args.num_eval_seeds))
+            evaluated = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
+            check_evaluation(self, evaluated)
+        return super().get_eval_dataloader(eval_dataset)
 
     # -- what a resumed run must not have forgotten -------------------------------------------------------------------
 

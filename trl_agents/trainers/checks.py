@@ -166,6 +166,22 @@ def check_fsdp(trainer: Any) -> None:
         )
 
 
+def check_evaluation(trainer: Any, dataset: Any) -> None:
+    """Raises `ValueError` for what cannot be evaluated on, which without `eval_strategy` nobody has looked at."""
+    check_dataset(dataset)
+    if hasattr(dataset, "column_names") and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            f"There is no episode to evaluate on: raise num_eval_seeds={trainer.args.num_eval_seeds}, or pass an "
+            "`eval_dataset` with a column 'seed'."
+        )
+    size, generations = trainer.args.eval_batch_size * trainer.accelerator.num_processes, trainer.num_generations_eval
+    if size % generations:
+        raise ValueError(
+            f"An evaluation batch of {size} episodes holds no whole groups of num_generations_eval={generations}: "
+            f"make per_device_eval_batch_size={trainer.args.per_device_eval_batch_size} a multiple of it."
+        )
+
+
 def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
 ) -> Briefing:
