@@ -68,7 +68,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # Find out now what would fail after the warm-up, and whether the folder can be written
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
-    check_run(ENV_ID, training_args, ActionParser(), peft_config=adapters)
+    check_run(ENV_ID, training_args, ActionParser(), peft_config=adapters, quantization_config=quantization)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path
     if model is None:

@@ -70,7 +70,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         folder = Path(training_args.output_dir) / f"rlft_{name}"
         exploration = [] if name == "none" else name.split("+")
         arguments[name] = stage_arguments(training_args, folder, exploration=exploration)
-        check_run(script_args.env_id, arguments[name])
+        check_run(script_args.env_id, arguments[name], **adapters.trainer)
     loading = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
     temperature = training_args.temperature
     if training_args.eval_temperature is not None:

@@ -54,7 +54,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # Find out now what the trainer would refuse after the warm-up, and whether the folder can be written
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
-    check_run(script_args.env_id, training_args, parser, peft_config=adapters)
+    check_run(script_args.env_id, training_args, parser, peft_config=adapters, quantization_config=quantization)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path
     if model is None:

@@ -72,7 +72,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     # Find out now what would be refused after the warm-up, and whether the folder can be written
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
-    check_run(env_id, training_args, parser, peft_config=adapters)
+    check_run(env_id, training_args, parser, peft_config=adapters, quantization_config=quantization)
     game = make_env(env_id, **env_kwargs)
     game = getattr(game, "unwrapped", game)
     if not isinstance(game, TicTacToe):

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
+from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run
 from trl_agents.evaluation import interval
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model, self_training_rows
@@ -82,6 +82,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     corpus = mixed_corpus(given, script_args.base_tagged, script_args.base_direct, training_args.seed)
     grading = Grading.of({"train": train["answer"], "test": test["answer"]}, partial=0.0)
     rewards = [grading.reward, think_answer_format_reward]  # both weigh 1
+    check_run(None, training_args, reward_funcs=rewards, train_dataset=train, **adapters.trainer)
     labels = dict(zip(("accuracy", "format"), rewards, strict=True))
     curves = {f"{name}_curve.png": (f"rewards/{reward.__name__}/mean", name) for name, reward in labels.items()}
     sft_settings = {"learning_rate": script_args.sft_learning_rate, "batch_size": script_args.sft_batch_size}

@@ -18,7 +18,7 @@ from datasets import concatenate_datasets
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_agents import AgentPPOConfig, AgentPPOTrainer
+from trl_agents import AgentPPOConfig, AgentPPOTrainer, check_run
 from trl_agents.data import prompt_completion
 from trl_agents.evaluation import interval
 from trl_agents.lora import StageAdapters
@@ -100,6 +100,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     train, test = (prompt_completion(script_args.load(split), script_args.style) for split in ("train", "test"))
     answers = {"train": train["answer"], "test": test["answer"]}
     grading = Grading.of(answers, style=script_args.style, partial=script_args.partial_reward)
+    if set(script_args.methods) & set(REFT):
+        check_run(None, training_args, reward_funcs=grading.reward, train_dataset=train, **adapters.trainer)
     sft_settings = {
         "learning_rate": script_args.sft_learning_rate,
         "batch_size": script_args.sft_batch_size,

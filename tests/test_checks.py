@@ -5,23 +5,33 @@ import warnings
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig
 from scripted import Pay, make_config
+from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
-from trl_agents import ActionParser, AgentPPOConfig, check_run
+from trl_agents import ActionParser, AgentGRPOTrainer, AgentPPOConfig, check_run
 from trl_agents.envs import Bandit
-from trl_agents.trainers import checks
+from trl_agents.trainers import checks, packages
 
 
 MISTAKES = {
     "unknown id": ("trl_agents/Bandid-v0", {}, {}, "Bandid-v0.*trl_agents/Bandit-v0"),
+    "environment's argument name": (
+        "trl_agents/Bandit-v0",
+        {"env_kwargs": {"n_arm": 3}},
+        {},
+        "no argument 'n_arm'. Did you mean n_arms. Its arguments: n_arms, horizon",
+    ),
+    "class's argument name": (Pay, {"env_kwargs": {"horizont": 3}}, {}, "Did you mean horizon. .*: horizon, actions"),
+    "no text": ("FrozenLake-v1", {}, {}, r"is no text .*are Discrete\(16\). Say 'gymnasium:FrozenLake-v1'"),
     "environment's argument": (Bandit, {"env_kwargs": {"horizon": 0}}, {}, "horizon=0"),
     "unreachable action": (Pay, {}, {"action_parser": ActionParser(r"ACTION=(\d)")}, "No pattern can produce"),
     "setting": (Pay, {"repetition_penalty": 1.1}, {}, "repetition_penalty=1.1"),
     "weights": (Pay, {"reward_weights": [1.0]}, {"reward_funcs": [len, len]}, "for 2 reward functions"),
     "few seeds": (Pay, {"num_train_seeds": 1}, {}, "1 seeds to train on.*takes 2"),
     "dataset": (Pay, {}, {"train_dataset": Dataset.from_dict({"prompt": ["?"] * 4})}, r"'seed'.*\['prompt'\]"),
-    "module": ("nomodule:Foo-v0", {}, {}, "No environment.*'nomodule:Foo-v0'"),
+    "module": ("nomodule:Foo-v0", {}, {}, "'nomodule:Foo-v0' names no environment: No module named 'nomodule'"),
     "evaluation's dataset": (Pay, {}, {"eval_dataset": Dataset.from_dict({"prompt": ["?"]})}, "column 'seed'"),
     "parser": (Pay, {}, {"action_parser": r"ACTION=(.*)"}, "pass an `ActionParser`"),
     "gathering": (Pay, {"ds3_gather_for_generation": False}, {}, "ds3_gather_for_generation=False.*Use True"),
@@ -62,6 +72,7 @@ def test_without_legal_actions_an_invalid_reply_ends_the_episode(tmp_path):
 
 
 def test_check_run_lets_pass_what_trains(tmp_path):
+    check_run("trl_agents/Bandit-v0", make_config(tmp_path, env_kwargs={"max_episode_steps": 3, "n_arms": 3}))
     check_run(Pay, make_config(tmp_path / "out", beta=0.1))  # the reference's model is not there yet
     check_run("trl_agents/Bandit-v0", make_config(tmp_path / "out", reward_weights=[1.0]), reward_funcs=len)
     assert not (tmp_path / "out").exists()
@@ -74,6 +85,43 @@ def test_check_run_asks_for_the_installed_trl(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "check_trl", refuse)
     with pytest.raises(ImportError, match="too old"):
         check_run(Pay, make_config(tmp_path))
+
+
+PACKAGES = {
+    "tensorboard": (None, {"report_to": "tensorboard"}, {}, "pip install tensorboard"),
+    "wandb": (None, {"report_to": ["tensorboard", "wandb"]}, {}, "pip install wandb"),
+    "comet_ml": (None, {"report_to": "comet_ml"}, {}, "pip install comet-ml"),
+    "vllm": ("is_vllm_available", {"use_vllm": True}, {}, r'pip install -e "\.\[vllm\]"'),
+    "peft": ("is_peft_available", {}, {"peft_config": LoraConfig()}, "pip install peft"),
+    "8 bits": (
+        "is_bitsandbytes_available",
+        {},
+        {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        r'pip install -e "\.\[qlora\]"',
+    ),
+    "8 bits of the settings": (
+        "is_bitsandbytes_available",
+        {"model_init_kwargs": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}},
+        {},
+        r'pip install -e "\.\[qlora\]"',
+    ),
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("env", [Pay, None])
+def test_a_package_that_is_missing(tmp_path, monkeypatch, package, env):
+    check, settings, kwargs, message = PACKAGES[package]
+    if check is None:
+        monkeypatch.setitem(packages.TRACKERS, package.replace("_", "-"), lambda: False)
+    else:
+        monkeypatch.setattr(packages, check, lambda: False)
+    if env is None:
+        kwargs = {**kwargs, "reward_funcs": len, "train_dataset": Dataset.from_dict({"prompt": ["?"] * 2})}
+    with pytest.raises(ImportError, match=message):
+        check_run(env, make_config(tmp_path / "out", **settings), **kwargs)
+    with pytest.raises(ImportError, match=message):
+        AgentGRPOTrainer("no/model", env=env, args=make_config(tmp_path / "out", **settings), **kwargs)
 
 
 def test_dr_grpo_divides_by_one_reply(tmp_path):

@@ -5,7 +5,7 @@ import itertools
 import multiprocessing
 
 import pytest
-from fault_checks import check_nonce, echo, env_threads, wait_until
+from fault_checks import ALL, check_nonce, echo, env_threads, wait_until
 from faulty_env import Moody, Nonce
 from scripted import ScriptedTrainer, make_config, save_tiny_model
 
@@ -84,21 +84,51 @@ class Fails(Nonce):
 
 
 @pytest.mark.filterwarnings("ignore:.*were lost to a fault")
-@pytest.mark.parametrize(("share", "steps"), [(0.0, 0), (0.5, 1), (1.0, 4)])
-def test_training_stops_above_a_share(tmp_path, share, steps):
+@pytest.mark.parametrize(
+    ("share", "max_steps", "steps", "rollouts"),
+    [(0.0, 4, 0, "rollout"), (0.5, 4, 1, "2 rollouts"), (0.9, 4, 2, "3 rollouts"), (1.0, 4, 4, None)]
+    # The end comes before there were as many as the share is averaged over
+    + [(0.5, 1, 1, "rollout"), (0.9, 2, 2, "2 rollouts"), (1.0, 1, 1, None)],
+)
+def test_training_stops_above_a_share(tmp_path, share, max_steps, steps, rollouts):
     folder = save_tiny_model(tmp_path / "model")
-    args = make_config(tmp_path / "out", max_steps=4, max_fault_share=share, advantage_estimator="group")
+    args = make_config(tmp_path / "out", max_steps=max_steps, max_fault_share=share, advantage_estimator="group")
     trainer = EchoTrainer(folder, env=Fails, args=args)
-    if steps == 4:
+    if rollouts is None:
         trainer.train()
     else:
-        told = (
-            rf"max_fault_share={share}.*seed \d, turn 0: ConnectionError: gone \(test_fault_training.py.*env_timeout"
-        )
+        told = rf"^100% of the episodes of the last {rollouts} were lost to .*max_fault_share={share}.*"
+        told += r"seed \d, turn 0: ConnectionError: gone \(test_fault_training.py.*env_timeout"
         with pytest.raises(RuntimeError, match=told):
             trainer.train()
     assert trainer.state.global_step == steps
     assert env_threads() == []
+
+
+class FailsOnce(Nonce):
+    """In the first rollout, always."""
+
+    steps = itertools.count()
+
+    def step(self, action):
+        if next(self.steps) < 4 * ALL:
+            raise ConnectionError("gone")
+        return super().step(action)
+
+
+@pytest.mark.filterwarnings("ignore:.*were lost to a fault")
+@pytest.mark.parametrize(("share", "trains"), [(0.5, True), (0.3, False)])
+def test_one_bad_rollout_is_forgiven_up_to_a_third(tmp_path, share, trains):
+    FailsOnce.steps = itertools.count()
+    settings = {"max_steps": 2, "max_completion_length": 32, "advantage_estimator": "group"}
+    args = make_config(tmp_path / "out", max_fault_share=share, **settings)
+    trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=FailsOnce, args=args)
+    if trains:
+        trainer.train()
+        assert list(trainer.lost_shares) == [1.0, 0.0]
+    else:
+        with pytest.raises(RuntimeError, match="^100% of the episodes of the last rollout were lost"):
+            trainer.train()
 
 
 class Interrupted(Echo):

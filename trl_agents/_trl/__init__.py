@@ -16,6 +16,7 @@ from .release import UnsupportedTRL, check_trl  # refuses other releases before 
 # isort: split
 from trl import (
     GRPOConfig,
+    GRPOTrainer,
     ModelConfig,
     RewardConfig,
     RewardTrainer,
@@ -24,6 +25,7 @@ from trl import (
     SFTTrainer,
     TrlParser,
 )
+from trl.import_utils import is_liger_kernel_available, is_vllm_available
 from trl.trainer.utils import disable_dropout_in_model
 
 from .rollouts import RolloutGRPOTrainer, RolloutRows
@@ -39,6 +41,7 @@ except ImportError:  # trl 1.14
 
 __all__ = [
     "GRPOConfig",
+    "GRPOTrainer",
     "ModelConfig",
     "RewardConfig",
     "RewardTrainer",
@@ -52,4 +55,6 @@ __all__ = [
     "add_fused_lm_head",
     "check_trl",
     "disable_dropout_in_model",
+    "is_liger_kernel_available",
+    "is_vllm_available",
 ]

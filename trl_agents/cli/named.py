@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import math
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 
-from ..envs.make import find_factory, make_env
+from ..envs.make import make_env
+from ..envs.names import close_to
 from ..exploration import make_exploration
 
 
@@ -87,16 +85,6 @@ def as_temperature(text: str) -> float:
     return value
 
 
-def close_to(name: str, *known: Iterable[str]) -> str:
-    """`" Did you mean ...?"`, if something is close to `name`, else nothing. The first `known` with a match counts."""
-    wanted = name.lower().rpartition("/")[2]  # also without a namespace or folder
-    for names in known:
-        short = {one.lower().rpartition("/")[2]: one for one in sorted(names, key=len, reverse=True)}
-        if matches := difflib.get_close_matches(wanted, short, n=2, cutoff=0.65):
-            return f" Did you mean {' or '.join(short[match] for match in matches)}?"
-    return ""
-
-
 def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
     """
     The environment that a user named.
@@ -114,11 +102,6 @@ def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
                 f"There is no environment {env_id!r}.{close_to(env_id, ours, gymnasium.registry)} Those of trl_agents "
                 f"are {', '.join(ours)}; for your own, say MODULE:CLASS, or MODULE:ID of one that MODULE registers."
             ) from None
-    known = _arguments(env_id)
-    if known and (unknown := sorted(set(env_kwargs) - set(known))):
-        raise ValueError(
-            f"{env_id} has no argument {unknown[0]!r}.{close_to(unknown[0], known)} Its arguments: {', '.join(known)}."
-        )
     env = make_env(env_id, **env_kwargs)
     if not hasattr(env, "instructions"):
         env.close()
@@ -126,18 +109,6 @@ def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
             f"{env_id} is no text environment: it has no `instructions`. `check_env` tells what one needs."
         )
     return env
-
-
-def _arguments(env_id: str) -> list[str]:
-    """The names of an environment's arguments; none, if it takes any or they cannot be told."""
-    try:
-        made_by = find_factory(env_id) or gymnasium.spec(env_id.rpartition(":")[2]).entry_point
-        made_by = gymnasium.envs.registration.load_env_creator(made_by) if isinstance(made_by, str) else made_by
-        parameters = inspect.signature(made_by).parameters.values()
-    except (gymnasium.error.Error, ImportError, AttributeError, TypeError, ValueError):
-        return []
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return [] if takes_any else [parameter.name for parameter in parameters]
 
 
 def writable_folder(path: str) -> Path:

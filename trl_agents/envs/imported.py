@@ -66,5 +66,5 @@ def _folders() -> str:
     """Where Python looks for modules, but for what is installed."""
     installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders = [Path(entry or ".").absolute() for entry in sys.path if not entry.endswith(".zip")]
-    own = [folder for folder in folders if not any(folder.is_relative_to(one) for one in installed)]
+    own = [each for each in folders if each.is_dir() and not any(each.is_relative_to(one) for one in installed)]
     return ", ".join(map(str, dict.fromkeys(own))) or "no folder"

@@ -13,6 +13,7 @@ from gymnasium.envs.registration import find_highest_version, load_env_creator
 
 from .adapters import PREFIXES, adapt
 from .imported import import_named, import_object, is_path
+from .names import unknown_argument
 
 
 SUITES = f"Ids of other suites begin with {', '.join(f'{prefix}:' for prefix in PREFIXES)}."
@@ -59,11 +60,12 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
             "of the episodes that are played side by side, so an instance does not do."
         )
     prefix, _, name = env.partition(":") if isinstance(env, str) else ("", "", "")
+    factory = None if isinstance(env, str) else env
     try:
         if prefix in PREFIXES:
             return adapt(prefix, name, **env_kwargs)
-        factory = find_factory(env) if isinstance(env, str) else env
-        return show_through(_make_registered(env, env_kwargs) if factory is None else factory(**env_kwargs))
+        factory = factory or find_factory(env)
+        made = show_through(_make_registered(env, env_kwargs) if factory is None else factory(**env_kwargs))
     except (gymnasium.error.Error, ImportError) as error:
         if not isinstance(env, str):
             raise
@@ -76,7 +78,19 @@ def make_env(env: str | Callable[..., Any], **env_kwargs: Any) -> Any:
         unknown = "unexpected keyword argument" in str(error) or (env_kwargs and "takes no arguments" in str(error))
         if not unknown:
             raise
-        raise ValueError(f"The environment {env!r} does not take env_kwargs={env_kwargs!r}: {error}") from error
+        told = "" if prefix in PREFIXES else unknown_argument(factory or env, env_kwargs)
+        raise ValueError(
+            f"The environment {env!r} does not take env_kwargs={env_kwargs!r}: {told or error}"
+        ) from error
+    space = getattr(made, "observation_space", None)
+    words = space is None or isinstance(space, gymnasium.spaces.Text)
+    if factory is None and not words and not hasattr(made, "instructions"):
+        made.close()
+        raise ValueError(
+            f"{env} is no text environment: it has no `instructions`, and its observations are {space}. Say "
+            f"'gymnasium:{env}', which puts it into words."
+        )
+    return made
 
 
 def find_factory(env: str) -> Callable[..., Any] | None:

@@ -27,10 +27,12 @@ from ..rollout.processes import refuse_in_process_of_env
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
-from .checks import check_dataset, check_environment, check_fsdp, check_settings, check_types
+from .checks import check_environment, check_evaluation, check_fsdp, check_settings, check_types
 from .credit import CreditingGRPOTrainer
 from .display import show_training
+from .inputs import check_arguments, check_dataset, check_questions
 from .memory import Memorize, agreed_on, recall_from, write_memory
+from .packages import check_packages
 
 
 def environment_reward(prompts, completions, environment_score, **kwargs) -> list[float]:
@@ -77,7 +79,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             With `env`, a column `seed` says which episodes to train on, and a column `options` what else `reset` is
             given. Defaults to `args.num_train_seeds` seeds.
         eval_dataset (*optional*):
-            Likewise; defaults to `args.num_eval_seeds` other seeds if `args.eval_strategy` is set.
+            Likewise; defaults to `args.num_eval_seeds` other seeds.
         env (`str` or `Callable`, *optional*):
             Environment id (`"trl_agents/Bandit-v0"`), or a class or factory, itself or by name
             (`"package.module:Class"`). `args.env_kwargs` are its arguments.
@@ -123,12 +125,16 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         if args is not None and args.deepspeed_plugin is not None:
             # Another trainer's may have come since `args` was made, and it is read when the model is loaded
             args.deepspeed_plugin.set_deepspeed_weakref()
+        check_arguments(type(self).__name__, AgentGRPOConfig if args is None else type(args), kwargs)
         self.plays = env is not None
         if not self.plays:
             if action_parser is not None:
                 raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
             if getattr(args, "exploration", None):
                 raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
+            check_questions(args, reward_funcs, train_dataset, eval_dataset, kwargs)
+            if args is not None:
+                check_packages(args, kwargs)
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
             self._keep_packing()
             self.add_callback(Memorize(self))
@@ -147,6 +153,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         self.action_parser = action_parser or ActionParser()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         check_settings(args, model, reward_funcs, kwargs)
+        check_packages(args, kwargs)
         if train_dataset is None:
             train_dataset = episode_dataset(range(args.num_train_seeds))
         if eval_dataset is None and args.eval_strategy != "no":
@@ -175,7 +182,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
-        self.lost_shares = deque([0.0] * 3, maxlen=3)  # of the latest rollouts' episodes: lost to faults
+        self.lost_shares = deque(maxlen=3)  # of the latest rollouts' episodes: lost to faults
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
         self.latest: list[Trajectory] = []  # those, or of `play` if that was later
 
@@ -202,6 +209,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             recall_from(self, self.resumed_from)
         try:
             output = super().train(self.resumed_from, *args, **kwargs)
+            if self.plays and self.lost_shares:
+                self.limit_faults(len(self.lost_shares))  # there are no more to come
         finally:
             self.close_environments()
             if self.display is not None:
@@ -211,6 +220,15 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
     def log(self, logs, start_time=None):
         with nullcontext() if self.display is None else self.display.aside():
             super().log(logs, start_time)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As [`~transformers.Trainer.get_eval_dataloader`]; by default of the validation seeds."""
+        if self.plays:
+            if eval_dataset is None and self.eval_dataset is None:  # `evaluate` without `eval_strategy`
+                self.eval_dataset = episode_dataset(validation_seeds(self.args.num_eval_seeds))
+            evaluated = self.eval_dataset if eval_dataset is None or isinstance(eval_dataset, str) else eval_dataset
+            check_evaluation(self, evaluated)
+        return super().get_eval_dataloader(eval_dataset)
 
     # -- what a resumed run must not have forgotten -------------------------------------------------------------------
 

@@ -17,10 +17,15 @@ from ..exploration import make_exploration
 from ..rollout.faults import checked_reset
 from ..rollout.processes import check_picklable
 from .agent_grpo_config import AgentGRPOConfig
+from .inputs import check_arguments, check_dataset, check_questions
+from .packages import check_packages
 
 
 def check_run(
-    env: str | Callable[..., Any], args: AgentGRPOConfig, action_parser: ActionParser | None = None, **kwargs: Any
+    env: str | Callable[..., Any] | None,
+    args: AgentGRPOConfig,
+    action_parser: ActionParser | None = None,
+    **kwargs: Any,
 ) -> None:
     """
     Raises now what would be raised when the trainer is made: for scripts that prepare for minutes before they have a
@@ -28,7 +33,7 @@ def check_run(
 
     Args:
         env (`str` or `Callable`):
-            Environment id, class or factory.
+            Environment id, class or factory; None for questions, which `kwargs` bring.
         args ([`AgentGRPOConfig`]):
             Configuration of the trainer.
         action_parser ([`ActionParser`], *optional*):
@@ -37,9 +42,16 @@ def check_run(
             Other arguments that the trainer will be given (`reward_funcs`, `train_dataset`, `peft_config`, ...).
     """
     check_trl()
+    check_arguments("check_run", type(args), kwargs)
+    if env is None:
+        names = ("reward_funcs", "train_dataset", "eval_dataset")
+        check_questions(args, *(kwargs.get(name) for name in names), kwargs)
+        check_packages(args, kwargs)
+        return
     check_types(args, action_parser)
     reward_funcs = kwargs.pop("reward_funcs", None) or []
     check_settings(args, None, reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], kwargs)
+    check_packages(args, kwargs)
     dataset = kwargs.get("train_dataset")
     if dataset is None:
         dataset = [{"seed": seed} for seed in range(args.num_train_seeds)]
@@ -155,6 +167,22 @@ def check_fsdp(trainer: Any) -> None:
         )
 
 
+def check_evaluation(trainer: Any, dataset: Any) -> None:
+    """Raises `ValueError` for what cannot be evaluated on, which without `eval_strategy` nobody has looked at."""
+    check_dataset(dataset)
+    if hasattr(dataset, "column_names") and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            f"There is no episode to evaluate on: raise num_eval_seeds={trainer.args.num_eval_seeds}, or pass an "
+            "`eval_dataset` with a column 'seed'."
+        )
+    size, generations = trainer.args.eval_batch_size * trainer.accelerator.num_processes, trainer.num_generations_eval
+    if size % generations:
+        raise ValueError(
+            f"An evaluation batch of {size} episodes holds no whole groups of num_generations_eval={generations}: "
+            f"make per_device_eval_batch_size={trainer.args.per_device_eval_batch_size} a multiple of it."
+        )
+
+
 def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
 ) -> Briefing:
@@ -205,19 +233,3 @@ def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[s
 def _close(env: Any) -> None:
     with suppress(Exception):  # as in a rollout: nothing depends on a clean end
         env.close()
-
-
-def check_dataset(dataset: Any, at_least: int = 0) -> None:
-    """Raises `ValueError` for a dataset that does not say which episodes to play, or has fewer than `at_least`."""
-    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-        columns = getattr(part, "column_names", None)
-        if columns is not None and "seed" not in columns:
-            raise ValueError(
-                f"With `env`, a dataset says which episodes to play in a column 'seed', but its columns are {columns}."
-                " Add one, or leave the dataset out."
-            )
-        if hasattr(part, "__len__") and len(part) < at_least:
-            raise ValueError(
-                f"{len(part)} seeds to train on, but each generation batch takes {at_least} (generation_batch_size / "
-                "num_generations): nothing would be trained. Give more seeds, or a smaller batch."
-            )

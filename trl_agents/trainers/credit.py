@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from gymnasium.wrappers.utils import RunningMeanStd
 
 from .._trl import RolloutRows
+from ..actions import DEFAULT_PATTERN, DEFAULT_TEMPLATE
 from ..advantages import group_advantages, spread_over_tokens, turn_advantages
 from ..batch import Row, pad_turn_index, pad_turns, padding_row, rows_of
 from ..returns import discounted_returns
@@ -24,11 +26,18 @@ from ..types import Trajectory
 from .playing import PlayingGRPOTrainer
 
 
+# From which share of invalid replies on one is told, and how much of the first.
+MOSTLY_INVALID = 0.9
+SHOWN = 200
+
+
 class CreditingGRPOTrainer(PlayingGRPOTrainer):
     """`GRPOTrainer` whose rows are episodes, and whose advantages come from the rewards of their turns."""
 
     reward_statistics: RunningMeanStd  # of all rewards so far, on all processes
     lost_shares: deque[float]  # of the latest rollouts' episodes: lost to faults
+    first_faults: Sequence[str] = ()  # of the latest rollout
+    told_of_invalid = False
     trajectories: list[Trajectory]  # of the latest rollout, this process's
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
@@ -65,6 +74,8 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
         sums = torch.tensor(rollout_metrics(trajectories, clock), dtype=torch.float64, device=self.accelerator.device)
         metrics = combine_metrics(self.accelerator.reduce(sums, reduction="sum").tolist())
         self.record_metrics(metrics)
+        if mode == "train":
+            self._tell_of_invalid(trajectories, metrics)
         lengths = gather_object([len(trajectory.turns) for trajectory in trajectories if not trajectory.stop.is_fault])
         turn_by_turn = not self.has_critic and self.args.advantage_estimator == "turn"
         if mode == "train" and turn_by_turn and len(set(lengths)) > 1:
@@ -75,7 +86,9 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
-        self._limit_faults(clock, metrics.get("agents/lost_share", 0.0))
+        self.lost_shares.append(metrics.get("agents/lost_share", 0.0))
+        self.first_faults = gather_object(clock.faults.first)[:TOLD]
+        self.limit_faults(self.lost_shares.maxlen)
         if faults:
             warnings.warn(
                 f"{len(faults)} of {len(trajectories)} episodes were lost to a fault of the environment and weigh "
@@ -83,17 +96,44 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
                 stacklevel=2,
             )
 
-    def _limit_faults(self, clock: Clock, share: float) -> None:
-        """Raises, on all processes alike, if too many episodes of the latest rollouts were lost. `share`: of all."""
-        self.lost_shares.append(share)
-        first = gather_object(clock.faults.first)
-        lost = sum(self.lost_shares) / len(self.lost_shares)
-        if lost > self.args.max_fault_share:
-            raise RuntimeError(
-                f"{lost:.0%} of the episodes of the last {len(self.lost_shares)} rollouts were lost to faults of the "
-                f"environment (max_fault_share={self.args.max_fault_share}), though each was begun again and then "
-                f"replaced. The first faults of this rollout: {'; '.join(first[:TOLD])}. Mend the environment, give "
-                "it more time (env_timeout, env_reset_timeout), or raise max_fault_share."
+    def limit_faults(self, n_rollouts: int) -> None:
+        """
+        Raises, on all processes alike, if of `n_rollouts` rollouts too many episodes were lost. Those still to be
+        played count as sound: what has begun badly may go on well.
+        """
+        if not sum(self.lost_shares) > self.args.max_fault_share * n_rollouts:
+            return
+        number = len(self.lost_shares)
+        rollouts = f"{number} rollouts" if number > 1 else "rollout"
+        first = f" The first faults of the latest: {'; '.join(self.first_faults)}." if self.first_faults else ""
+        raise RuntimeError(
+            f"{sum(self.lost_shares) / number:.0%} of the episodes of the last {rollouts} were lost to faults of the "
+            f"environment (max_fault_share={self.args.max_fault_share}), though each was begun again and then "
+            f"replaced.{first} Mend the environment, give it more time (env_timeout, env_reset_timeout), or raise "
+            "max_fault_share."
+        )
+
+    def _tell_of_invalid(self, trajectories: list[Trajectory], metrics: dict[str, float]) -> None:
+        """Warns once a run, on the main process, if hardly a reply of all processes stated a legal action."""
+        own = 1 - metrics.get("agents/forced_share", 0.0)  # what the model wrote, and no mechanism
+        share = metrics.get("agents/invalid_share", 0.0) / max(own, 1e-9)
+        if self.told_of_invalid or share < MOSTLY_INVALID:
+            return
+        self.told_of_invalid = True
+        turns = [turn for t in trajectories if not t.stop.is_fault for turn in t.turns]
+        first = next((turn.text for turn in turns if not turn.parsed.is_valid), None)
+        first = next(text for text in gather_object([first]) if text is not None)
+        if self.accelerator.is_main_process:
+            shown = first if len(first) <= SHOWN else f"{first[:SHOWN]}..."
+            patterns = [name for name in getattr(self.action_parser, "patterns", ()) if name != DEFAULT_PATTERN]
+            warnings.warn(
+                f"{share:.0%} of the replies of a rollout stated no legal action, so that its returns say nothing of "
+                f"the model. The first such reply: {shown!r}. What is looked for: "
+                f"{', '.join(map(repr, patterns)) or DEFAULT_TEMPLATE.format(action='X')}. Check that the "
+                "environment's instructions ask for what `action_parser` reads, that replies are long enough for it "
+                f"(max_completion_length={self.args.max_completion_length}), and that the model follows instructions "
+                "(a few steps of SFT teach it).",
+                stacklevel=2,
             )
 
     # -- rows and credit ---------------------------------------------------------------------------------------------
