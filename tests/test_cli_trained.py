@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -186,6 +187,44 @@ def test_diagnose_takes_it_too(capsys, tmp_path, agent):
     settings = diagnosis["settings"]
     assert (settings["context"], settings["max_new_tokens"], settings["temperature"]) == ("chat", 6, 0.0)
     assert "context chat, max_new_tokens 6." in told and "temperature" not in told
+
+
+# -- the examples ----------------------------------------------------------------------------------------------------
+
+
+def examples():
+    """What the README and the help texts show of the commands that let models play."""
+    from pathlib import Path
+
+    from trl_agents.cli import COMMANDS, EXAMPLES
+
+    readmes = [(Path(__file__).parents[1] / name).read_text() for name in ("README.md", "recipes/README.md")]
+    texts = [*readmes, EXAMPLES, *(module.EXAMPLES for module in COMMANDS.values())]
+    lines = {line.strip() for text in texts for line in text.splitlines()}
+    return sorted(line for line in lines if line.startswith(("trl-agents eval ", "trl-agents diagnose ")))
+
+
+@pytest.mark.parametrize("line", [line for line in examples() if "outputs/grpo_bandit_tiny" in line])
+def test_the_examples_let_the_first_model_play_as_it_was_trained(capsys, tmp_path, monkeypatch, weights, played, line):
+    monkeypatch.chdir(tmp_path)
+    chat = replace(TRAINED, context="chat", window=None)
+    for folder in ("outputs/grpo_bandit_tiny", "outputs/grpo_bandit_tiny/warmup"):
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
+        chat.save(folder)
+    command, *arguments = shlex.split(line, comments=True)[1:]
+    before = ["diagnose", "outputs/grpo_bandit_tiny/warmup", "--output_dir", "outputs/diagnosis/before"]
+    few = ["--num_instances", "1", "--parts", "greediness"]
+    if "--compare" in arguments:
+        assert main([*before, *few]) == 0
+    assert main([command, *arguments, *(few if command == "diagnose" else ["--num_episodes", "1"])]) == 0
+    assert "context chat, max_new_tokens 6" in capsys.readouterr().err
+    if command == "diagnose":
+        found = json.loads(
+            (tmp_path / arguments[arguments.index("--output_dir") + 1] / "diagnostics.json").read_text()
+        )
+        assert (found["env"]["kwargs"], found["settings"]["context"]) == (SMALL, "chat")
+    else:
+        assert all((asked["env_kwargs"], asked["context"]) == (SMALL, "chat") for asked in played) and played
 
 
 # -- many invalid replies ---------------------------------------------------------------------------------------------
