@@ -80,6 +80,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             rationale=taste if env_kwargs.get("reasoning", True) else None,
             context=training_args.context,
             window=training_args.window,
+            max_completion_length=training_args.max_completion_length,
             disable_tqdm=training_args.disable_tqdm,
             use_cpu=training_args.use_cpu,
         )

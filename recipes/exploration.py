@@ -87,6 +87,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             seed=training_args.seed,
             use_cpu=training_args.use_cpu,
             disable_tqdm=training_args.disable_tqdm,
+            max_completion_length=training_args.max_completion_length,
             **reading,
         )
 

@@ -65,6 +65,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             seed=training_args.seed,
             context=training_args.context,
             window=training_args.window,
+            max_completion_length=training_args.max_completion_length,
             parser=parser,
             disable_tqdm=training_args.disable_tqdm,
             use_cpu=training_args.use_cpu,

@@ -92,6 +92,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             batch_size=16 if training_args.context == "chat" else 64,
             context=training_args.context,
             window=training_args.window,
+            max_completion_length=training_args.max_completion_length,
             parser=parser,
             disable_tqdm=training_args.disable_tqdm,
             use_cpu=training_args.use_cpu,

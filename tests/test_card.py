@@ -1,11 +1,14 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """The model card's code says what the agent was trained with, and runs as it stands."""
 
+import functools
+
 import pytest
 from scripted import make_config, save_tiny_model
 from transformers import AutoTokenizer
 
-from trl_agents import ActionParser
+from trl_agents import ActionParser, make_env
+from trl_agents.agent_config import AgentConfig
 from trl_agents.trainers.card import card_section
 
 
@@ -26,7 +29,8 @@ def code_of(card):
 
 def card(folder, parser=None, **settings):
     settings = {"env_kwargs": {"n_arms": 2, "horizon": 2}, "max_completion_length": 3, **settings}
-    return card_section(ENV, parser or ActionParser(), make_config(folder, **settings), "")
+    args = make_config(folder, **settings)
+    return card_section(ENV, AgentConfig.of_training(args, ENV, parser or ActionParser()), args, "")
 
 
 def test_defaults_are_left_out(tmp_path):
@@ -51,6 +55,18 @@ def test_a_pattern_does_not_break_the_table(tmp_path):
     (row,) = [line for line in lines if line.startswith("| actions")]
     assert r"(red\|green)" in row
     assert row.replace(r"\|", "").count("|") == 3
+
+
+def test_the_temperature_is_the_one_it_is_evaluated_at(tmp_path):
+    assert "temperature=0.7" in code_of(card(tmp_path, temperature=0.7))
+    assert "temperature=0.0" in code_of(card(tmp_path, temperature=0.7, eval_temperature=0.0))
+
+
+@pytest.mark.parametrize("env", ["reasoning_gym:countdown", functools.partial(make_env, "reasoning_gym:countdown")])
+def test_an_id_is_quoted(tmp_path, env):
+    args = make_config(tmp_path)
+    section = card_section("partial", AgentConfig.of_training(args, env, ActionParser()), args, "")
+    assert 'tokenizer, "reasoning_gym:countdown", held_out_seeds' in code_of(section)
 
 
 def test_remote_code(tmp_path):

@@ -37,6 +37,7 @@ LAYERS = [
     (2, ["data", "question_rows", "arithmetic", "preferences"]),
     (2, ["transcripts", "episode_file"]),
     (2, ["page", "viewer", "charts"]),
+    (2, ["agent_config"]),
     (2, ["hub"]),
     (2, ["checkpoints"]),
     (3, ["_trl"]),

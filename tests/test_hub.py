@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer, hub, make_env
+from trl_agents.agent_config import AGENT_CONFIG_FILE
 from trl_agents.episodes import read_episodes
 from trl_agents.evaluation import Interval, held_out_seeds, markdown_table, summarize
 from trl_agents.hub import Token, push_folder
@@ -46,7 +47,7 @@ SCRIPT = acts("abc", "b?", "s", "cbs")
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 MODEL_FILES = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
 CARD_FILES = {"README.md", "learning_curve.png", "sample_episodes.txt", "sample_episodes.jsonl"}
-AGENT_FILES = MODEL_FILES | CARD_FILES | {VALUE_HEAD_FILE}
+AGENT_FILES = MODEL_FILES | CARD_FILES | {VALUE_HEAD_FILE, AGENT_CONFIG_FILE}
 
 
 class ScriptedPPOTrainer(ScriptedTrainer, AgentPPOTrainer):

@@ -137,6 +137,7 @@ class PlayTask:
             seed=self.training_args.seed,
             use_cpu=self.training_args.use_cpu,
             disable_tqdm=self.training_args.disable_tqdm,
+            max_completion_length=self.args.max_new_tokens,
             **self.reading,
         )
 

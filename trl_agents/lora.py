@@ -13,6 +13,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from .agent_config import AGENT_CONFIG_FILE
+
 
 ADAPTER_FOLDER = "adapter"  # within a stage's folder: the adapter by itself
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -112,8 +114,9 @@ def merge_adapter(
     if not (folder / ADAPTER_FILES[0]).exists():
         raise ValueError(f"{str(folder)!r} holds no adapter ({ADAPTER_FILES[0]}) to merge.")
     kept.mkdir(exist_ok=True)
-    for name in ADAPTER_FILES:
-        shutil.copy(folder / name, kept / name)
+    for name in (*ADAPTER_FILES, AGENT_CONFIG_FILE):
+        if (folder / name).exists():
+            shutil.copy(folder / name, kept / name)
     unset_hf_deepspeed_config()  # or the weights would be in pieces
     classifier = {} if model_class is AutoModelForCausalLM else {"num_labels": 1}
     model = model_class.from_pretrained(base, dtype=dtype or "auto", **classifier)

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from .actions import ActionParser
+from .agent_config import AgentConfig
 from .agents import Agent, RandomAgent
 from .contexts import Briefing
 from .envs.make import make_env
@@ -166,6 +167,7 @@ def make_tiny_model(
     context: str = "chat",
     window: int | None = None,
     parser: ActionParser | None = None,
+    max_completion_length: int = 256,
     batch_size: int = 4,
     disable_tqdm: bool = False,
     **sft_kwargs: Any,
@@ -189,6 +191,8 @@ def make_tiny_model(
             show both: going on and changing.
         rationale, context, window, parser (*optional*):
             As for [`~transcripts.play_transcripts`].
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Token budget of a reply, for the file that tells how the model plays ([`AgentConfig`]).
         batch_size (`int`, *optional*, defaults to `4`):
             Conversations a step, over all processes: episodes in a chat, turns in a window.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -214,9 +218,12 @@ def make_tiny_model(
         "learning_rate": 3e-3,
         **sft_kwargs,
     }
-    return fine_tune(
-        model, dataset, output_dir, epochs=1, batch_size=batch_size, tokenizer=tokenizer, seed=seed, **settings
-    )
+    fine_tune(model, dataset, output_dir, epochs=1, batch_size=batch_size, tokenizer=tokenizer, seed=seed, **settings)
+    how = AgentConfig(context=context, window=window, max_completion_length=max_completion_length)
+    if PartialState().is_main_process:
+        how.in_env(env, {}).read_by(parser or ActionParser()).save(output_dir)
+    PartialState().wait_for_everyone()
+    return str(output_dir)
 
 
 def _standing_texts(env: Any) -> list[str]:

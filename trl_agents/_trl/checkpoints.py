@@ -30,6 +30,9 @@ class CheckpointedGRPOTrainer(GRPOTrainer):
         """What of the model's weights belongs into its own file."""
         return state_dict
 
+    def save_with_model(self, folder: Path) -> None:
+        """Write what belongs beside the model's weights wherever they are saved. Who saves them calls this."""
+
     def save_beside(self, folder: Path) -> None:
         """Write what a checkpoint holds beside what `Trainer` saves. Every process calls this."""
 
@@ -51,6 +54,8 @@ class CheckpointedGRPOTrainer(GRPOTrainer):
         if state_dict is not None:
             state_dict = self.state_dict_to_save(output_dir or self.args.output_dir, state_dict)
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.save_with_model(Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial):
         run_dir = super()._get_output_dir(trial)

@@ -25,7 +25,7 @@ COMMANDS = {"play": play, "eval": evaluate, "diagnose": diagnose, "view": view, 
 EXAMPLES = """\
 examples:
   trl-agents play trl_agents/Bandit-v0
-  trl-agents eval random ucb outputs/grpo_bandit_tiny --env trl_agents/Bandit-v0 --context window
+  trl-agents eval random ucb outputs/grpo_bandit_tiny
   trl-agents diagnose outputs/grpo_bandit_tiny --output_dir outputs/diagnosis
   trl-agents view outputs/diagnosis --open
   trl-agents estimate recipes/configs/grpo_bandit_qlora.yaml --model Qwen/Qwen2.5-7B --gpu RTX4090

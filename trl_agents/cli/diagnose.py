@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .named import DEFAULT_ENV, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
-from .players import add_model_arguments, check_model_arguments, load_model, name_player, shows_progress
+from .model_arguments import add_model_arguments, settle
+from .named import add_env, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
+from .players import load_model, name_player, shows_progress, warn_of_invalid
 
 
 PARTS = ("greediness", "frequency_bias", "knowing_doing")  # as in `diagnostics`, which would import torch
@@ -27,7 +28,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("player", metavar="MODEL", help="folder of a model, a Hub id, or a scripted player")
-    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ENV", help=f"or MODULE:CLASS (default: {DEFAULT_ENV})")
+    add_env(parser)
     add_env_kwargs(parser)
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="folder of this diagnosis")
     parser.add_argument(
@@ -50,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="where values are written (default: 2048)",
     )
-    add_model_arguments(parser, context="window", temperature=0.0, whole_replies=True)
+    add_model_arguments(parser, context="window", temperature=0.0, diagnosis=True)
 
 
 def run(args: argparse.Namespace) -> int:
     player = name_player(args.player)
-    check_model_arguments(args, [player])
-    make_named_env(args.env, args.env_kwargs).close()
+    settings = settle(args, [player])
+    make_named_env(settings.env_id, settings.env_kwargs).close()
     folder = writable_folder(args.output_dir)
 
     from ..diagnostics.report import read_diagnosis, write_report
@@ -66,32 +67,30 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--compare {other}: there is no {Path(other) / 'diagnostics.json'}; diagnose it first.")
         read_diagnosis(other)
 
-    from ..actions import ActionParser
     from ..diagnostics import diagnose
     from ..viewer import write_page
     from .view import read_folder
 
     source = player.source if player.is_scripted else load_model(player.source, args.device, args.dtype)
-    diagnose(
+    how = settings.of.get(player.label, args.untold).arguments()
+    del how["action_stop"]  # a diagnosis reads whole replies
+    result = diagnose(
         source,
-        args.env,
+        settings.env_id,
         folder,
         name=player.label,
         **({"parts": args.parts} if args.parts else {}),
-        env_kwargs=args.env_kwargs,
+        **{**how, "env_kwargs": settings.env_kwargs},
         n_instances=args.num_instances,
         seed=args.seed,
-        parser=ActionParser(args.action_pattern),
-        context=args.context,
-        window=args.window,
-        chat_template_kwargs=args.chat_template_kwargs,
-        exploration=args.exploration,
-        max_new_tokens=args.max_new_tokens,
         max_new_tokens_ucb=args.max_new_tokens_ucb,
-        temperature=args.temperature,
         n_slots=args.n_slots,
         progress=shows_progress(args),
     )
+    if not player.is_scripted:
+        rates = result["invalid_rate"]  # of frequency bias, it is no share of replies
+        shares = {f"in {part}": rates[part]["mean"] for part in ("greediness", "knowing_doing") if part in rates}
+        warn_of_invalid(shares, "--max_new_tokens (in knowing_doing --max_new_tokens_ucb)")
     if any(folder.rglob("*.jsonl")):
         write_page(folder / "episodes.html", read_folder(folder), title=f"Diagnosis of {player.label}")
     report = write_report([*args.compare, folder], folder / "report.html")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..page import describe_env, write_text
 from ..viewer import episode_record, write_page, write_records
-from .named import DEFAULT_ENV, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
-from .players import add_model_arguments, check_model_arguments, console, name_players, play_named, shows_progress
+from .model_arguments import OWN, add_model_arguments, settle
+from .named import add_env, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
+from .players import console, name_players, play_named, shows_progress, warn_of_invalid
 from .unfinished import Unfinished
 
 
@@ -31,12 +32,13 @@ DESCRIPTION = (
 EXAMPLES = """\
 examples:
   trl-agents eval random ucb thompson
-  trl-agents eval random ucb before=outputs/grpo_bandit_tiny/warmup after=outputs/grpo_bandit_tiny --context window
+  trl-agents eval random ucb before=outputs/grpo_bandit_tiny/warmup after=outputs/grpo_bandit_tiny
   trl-agents eval random minimax Qwen/Qwen3-0.6B --env trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal"}'
 """
 
 
-_FREE = ("players", "output_dir", "n_slots", "device")  # may differ when an interrupted evaluation goes on
+_UNTOLD = ("run", "debug", "quiet", "untold", "not_taken", *OWN)  # `metrics.json` has what came of them
+_FREE = ("players", "models", "output_dir", "n_slots", "device")  # may differ when an interrupted evaluation goes on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLAYER",
         help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table",
     )
-    parser.add_argument("--env", default=DEFAULT_ENV, metavar="ENV", help=f"or MODULE:CLASS (default: {DEFAULT_ENV})")
+    add_env(parser)
     add_env_kwargs(parser)
     parser.add_argument(
         "--num_episodes", type=positive, default=64, metavar="N", help="held-out episodes (default: 64)"
@@ -59,11 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     players = name_players(args.players)
-    check_model_arguments(args, players)
-    make_named_env(args.env, args.env_kwargs).close()
+    how = settle(args, players)
+    make_named_env(how.env_id, how.env_kwargs).close()
     folder = writable_folder(args.output_dir)
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "debug", "quiet")}
-    unfinished = Unfinished(folder, {name: value for name, value in settings.items() if name not in _FREE})
+    settings = {**{name: value for name, value in vars(args).items() if name not in _UNTOLD}, **how.as_dict()}
+    common = {name: value for name, value in settings.items() if name not in _FREE}
+    unfinished = Unfinished(folder, common, settings["models"])
 
     from ..evaluation import held_out_seeds, summarize
 
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     for player in players:
         done = unfinished.done(player)
         if done is None:
-            done = play_named(player, args, args.env, seeds, progress=shows_progress(args))
+            done = play_named(player, how, args, seeds, progress=shows_progress(args))
             unfinished.keep(player, done)
         else:
             warnings.warn(f"{player.label} had finished when this was interrupted: going on from there.", stacklevel=2)
@@ -83,9 +86,12 @@ def run(args: argparse.Namespace) -> int:
             warnings.warn(
                 f"The environment failed in {faults} of {name}'s episodes, which are left out.", stacklevel=2
             )
-    title = describe_env(args.env, args.env_kwargs)
+    invalid = table.get("invalid_rate", {})
+    shares = {f"of {name}'s": invalid[name].mean for name in how.of if name in invalid}
+    warn_of_invalid(shares, "--max_new_tokens")
+    title = describe_env(how.env_id, how.env_kwargs)
     records = [
-        episode_record(trajectory, player=name, env_id=args.env, env_kwargs=args.env_kwargs)
+        episode_record(trajectory, player=name, env_id=how.env_id, env_kwargs=how.env_kwargs)
         for name, episodes in played.items()
         for trajectory in episodes
     ]

@@ -19,14 +19,21 @@ from ..exploration import make_exploration
 DEFAULT_ENV = "trl_agents/Bandit-v0"
 
 
+def add_env(parser) -> None:
+    """Add `--env`, for commands that play in the environment a model was trained in if none is named."""
+    parser.add_argument(
+        "--env", metavar="ENV", help=f"id or MODULE:CLASS (default: that of the models, else {DEFAULT_ENV})"
+    )
+
+
 def add_env_kwargs(parser) -> None:
     """Add `--env_kwargs`, which all commands that make an environment have."""
     parser.add_argument(
         "--env_kwargs",
         type=as_object,
-        default={},
         metavar="JSON",
-        help='arguments of the environment, such as \'{"n_arms": 10, "horizon": 20}\'',
+        help='all arguments of the environment, such as \'{"n_arms": 10, "horizon": 20}\' (default: those of the '
+        "models that were trained in it)",
     )
 
 

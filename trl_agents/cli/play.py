@@ -10,8 +10,9 @@ from typing import Any
 from ..actions import ActionParser
 from ..types import InvalidReason, ParsedAction, StopReason, Trajectory, Turn
 from ..viewer import episode_record, write_records
+from .model_arguments import add_model_arguments, settle
 from .named import add_env_kwargs, close_to, make_named_env, not_negative, writable_file
-from .players import add_model_arguments, check_model_arguments, name_player, play_named, shows_progress
+from .players import name_player, play_named, shows_progress
 
 
 HELP = "play an environment yourself, or watch a player"
@@ -25,7 +26,7 @@ examples:
   trl-agents play trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal", "board": "grid"}' --seed 3
   trl-agents play trl_agents/Bandit-v0 --player ucb --seed 3
   trl-agents play my_module:MyEnvironment
-  trl-agents play trl_agents/Bandit-v0 --player outputs/grpo_bandit_tiny --context window
+  trl-agents play trl_agents/Bandit-v0 --player outputs/grpo_bandit_tiny
 
 While playing, `?` shows the instructions again and `quit` (or Ctrl-D, or Ctrl-C) leaves.
 """
@@ -47,12 +48,12 @@ def run(args: argparse.Namespace) -> int:
         args.seed = random.SystemRandom().randrange(1_000_000)
     if args.save:  # an episode that a person has played is not to be lost
         writable_file(args.save)
-    env = make_named_env(args.env, args.env_kwargs)
+    player = name_player(args.player) if args.player else None
+    how = settle(args, [] if player is None else [player])
+    env = make_named_env(how.env_id, how.env_kwargs)
     try:
-        if args.player:
-            player = name_player(args.player)
-            check_model_arguments(args, [player])
-            trajectory, whole = play_named(player, args, args.env, [args.seed], shows_progress(args))[0], True
+        if player is not None:
+            trajectory, whole = play_named(player, how, args, [args.seed], shows_progress(args))[0], True
             print(f"{trajectory.instructions}\n\n{trajectory}\n")
         else:
             trajectory, whole = play_yourself(env, args.seed)
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.player or "you"
     print(_summary(trajectory, whole, args.seed))
     if args.save:
-        record = episode_record(trajectory, player=name, env_id=args.env, env_kwargs=args.env_kwargs)
+        record = episode_record(trajectory, player=name, env_id=how.env_id, env_kwargs=how.env_kwargs)
         print(f"Saved to {write_records(args.save, [record])}")
     return 0
 

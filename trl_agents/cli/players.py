@@ -9,20 +9,25 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..actions import ActionParser
 from ..agents import AGENTS, make_agent, play_episode
 from ..envs.make import make_env
 from ..types import Trajectory
-from .named import as_mechanism, as_object, as_temperature, close_to, not_negative, positive
+from .named import close_to
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .model_arguments import Settings
+
+
+MANY_INVALID = 0.2  # of the replies
 
 
 @dataclass(frozen=True)
@@ -115,65 +120,6 @@ def load_model(source: str, device: str | None = None, dtype: str = "auto") -> t
         ) from error
 
 
-def add_model_arguments(
-    parser: argparse.ArgumentParser, context: str = "chat", temperature: float = 1.0, whole_replies: bool = False
-) -> None:
-    """
-    How models read and write, with these defaults; scripted players have no use for it. `whole_replies`: without the
-    option to end a reply with its action.
-    """
-    group = parser.add_argument_group("how models read and write (as they were trained)")
-    group.add_argument(
-        "--context",
-        choices=("chat", "window"),
-        default=context,
-        help=f"conversation that grows, or the last steps anew (default: {context})",
-    )
-    group.add_argument(
-        "--window", type=not_negative, metavar="C", help="steps kept with --context window (default: all)"
-    )
-    group.add_argument("--max_new_tokens", type=positive, default=256, metavar="N", help="of a reply (default: 256)")
-    if not whole_replies:
-        group.add_argument("--action_stop", action="store_true", help="a reply is over when it has stated an action")
-    group.add_argument(
-        "--temperature",
-        type=as_temperature,
-        default=temperature,
-        metavar="X",
-        help=f"0 is greedy (default: {temperature:g})",
-    )
-    group.add_argument(
-        "--action_pattern", metavar="REGEX", help="finds the action, in its one group (default: ACTION=X)"
-    )
-    group.add_argument(
-        "--chat_template_kwargs", type=as_object, metavar="JSON", help="such as '{\"enable_thinking\": false}'"
-    )
-    group.add_argument(
-        "--exploration",
-        nargs="+",
-        type=as_mechanism,
-        default=[],
-        metavar="MECHANISM",
-        help="what makes them explore, such as try_all epsilon_greedy=0.1",
-    )
-    group.add_argument("--n_slots", type=positive, default=32, metavar="N", help="episodes side by side (default: 32)")
-    group.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
-    group.add_argument(
-        "--dtype", default="auto", help="of the weights, such as bfloat16 (default: as they were saved)"
-    )
-
-
-def check_model_arguments(args: argparse.Namespace, players: Sequence[NamedPlayer]) -> None:
-    """Raises where an argument of [`add_model_arguments`] would change nothing, which nobody would notice."""
-    if args.window is not None and args.context != "window":
-        raise ValueError(f"--window {args.window} keeps steps of --context window: add that, or leave --window out.")
-    if args.exploration and all(player.is_scripted for player in players):
-        raise ValueError(
-            f"--exploration {' '.join(args.exploration)} is for models, and "
-            f"{' and '.join(player.label for player in players)} writes no replies: name a model, or leave it out."
-        )
-
-
 @contextlib.contextmanager
 def _explained(player: NamedPlayer, env_id: str) -> Iterator[None]:
     """Says it in words if the environment does not tell what the player has to know."""
@@ -187,12 +133,12 @@ def _explained(player: NamedPlayer, env_id: str) -> Iterator[None]:
 
 
 def play_named(
-    player: NamedPlayer, args: argparse.Namespace, env_id: str, seeds: Sequence[int], progress: bool
+    player: NamedPlayer, settings: Settings, args: argparse.Namespace, seeds: Sequence[int], progress: bool
 ) -> list[Trajectory]:
-    """An episode of `player` from each seed, with the settings of [`add_model_arguments`]."""
-    parser = ActionParser(args.action_pattern)
+    """An episode of `player` from each seed."""
+    env_id, env_kwargs = settings.env_id, settings.env_kwargs
     if player.is_scripted and len(seeds) == 1:  # without torch, whose import takes longer than the episode
-        env = make_env(env_id, **args.env_kwargs)
+        env = make_env(env_id, **env_kwargs)
         with _explained(player, env_id):
             return [play_episode(env, make_agent(player.source, env), seed=seeds[0])]
 
@@ -200,27 +146,22 @@ def play_named(
 
     if player.is_scripted:
         with _explained(player, env_id):
-            played = play_agents(env_id, [player.source], seeds, env_kwargs=args.env_kwargs, progress=progress)
+            played = play_agents(env_id, [player.source], seeds, env_kwargs=env_kwargs, progress=progress)
         return played[player.source]
     model, tokenizer = load_model(player.source, args.device, args.dtype)
-    return play_model(
-        model,
-        tokenizer,
-        env_id,
-        seeds,
-        env_kwargs=args.env_kwargs,
-        parser=parser,
-        context=args.context,
-        window=args.window,
-        chat_template_kwargs=args.chat_template_kwargs,
-        exploration=args.exploration,
-        max_new_tokens=args.max_new_tokens,
-        action_stop=args.action_stop,
-        temperature=args.temperature,
-        n_slots=args.n_slots,
-        seed=args.seed,
-        progress=progress,
-    )
+    how = {**settings.of[player.label].arguments(), "env_kwargs": env_kwargs}
+    return play_model(model, tokenizer, env_id, seeds, **how, n_slots=args.n_slots, seed=args.seed, progress=progress)
+
+
+def warn_of_invalid(shares: Mapping[str, float], flags: str) -> None:
+    """A line where so many replies held no action that the figures say little of the model."""
+    many = [f"{share:.1%} {of}" for of, share in shares.items() if share > MANY_INVALID]
+    if many:
+        warnings.warn(
+            f"Replies without a legal action: {', '.join(many)}. Random actions in their place say little of the "
+            f"model. Does it play as it was trained to? Check --context, {flags}, --env_kwargs and --action_pattern.",
+            stacklevel=2,
+        )
 
 
 def shows_progress(args: argparse.Namespace) -> bool:

@@ -30,10 +30,13 @@ class Unfinished:
             The output folder.
         settings (`Mapping`):
             All that the episodes depend on, but for the player. What other settings left behind is not used.
+        models (`Mapping`):
+            By label, how a model plays.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]):
-        self.path, self.settings = folder / "_unfinished", json.loads(json.dumps(settings, default=str))
+    def __init__(self, folder: Path, settings: Mapping[str, Any], models: Mapping[str, Any]):
+        self.path = folder / "_unfinished"
+        self.settings, self.models = json.loads(json.dumps([settings, models], default=str))
 
     def done(self, player: NamedPlayer) -> list[Trajectory] | None:
         """The player's episodes, if they were played with the same settings by the same player."""
@@ -57,7 +60,8 @@ class Unfinished:
         # A model that was trained on in the meantime has other files
         files = [] if player.is_scripted or not folder.is_dir() else sorted(p for p in folder.iterdir() if p.is_file())
         seen = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return {"settings": self.settings, "label": player.label, "source": player.source, "files": seen}
+        settings = {**self.settings, "plays": self.models.get(player.label)}
+        return {"settings": settings, "label": player.label, "source": player.source, "files": seen}
 
     def _file(self, player: NamedPlayer) -> Path:
         return self.path / f"{hashlib.sha256(player.label.encode()).hexdigest()[:16]}.json"

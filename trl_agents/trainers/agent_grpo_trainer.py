@@ -17,6 +17,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 
 from .._trl import check_trl
 from ..actions import ActionParser
+from ..agent_config import AGENT_CONFIG_FILE, AgentConfig
 from ..checkpoints import find_checkpoint
 from ..contexts import make_context
 from ..envs.make import make_env
@@ -89,7 +90,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             The other arguments of [`~trl.GRPOTrainer`] (`processing_class`, `peft_config`, `callbacks`, ...).
     """
 
-    files_beside: tuple[str, ...] = ()  # what is saved beside the model's own weights
+    files_beside: tuple[str, ...] = (AGENT_CONFIG_FILE,)  # what is saved beside the model's own weights
     resumed_from: str | None = None  # the checkpoint
 
     _tag_names = ["trl", "grpo", "trl-agents"]
@@ -151,6 +152,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         self.env_kwargs = {**(args.env_kwargs or {}), **self.exploration.env_kwargs}
         self.env_factory = functools.partial(make_env, env, **self.env_kwargs)
         self.action_parser = action_parser or ActionParser()
+        self.agent_config = AgentConfig.of_training(args, env, self.action_parser)
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         check_settings(args, model, reward_funcs, kwargs)
         check_packages(args, kwargs)
@@ -250,6 +252,10 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             statistics.mean, statistics.var = np.float64(mean), np.float64(var)
         if "lost_shares" in memory and self.plays:
             self.lost_shares.extend(memory["lost_shares"])
+
+    def save_with_model(self, folder: Path) -> None:
+        if self.plays:
+            self.agent_config.save(folder)
 
     def save_beside(self, folder: Path) -> None:
         write_memory(self, folder)

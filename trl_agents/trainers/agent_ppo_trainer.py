@@ -70,7 +70,7 @@ class AgentPPOTrainer(AgentGRPOTrainer):
     """
 
     has_critic = True
-    files_beside = (VALUE_HEAD_FILE,)
+    files_beside = (*AgentGRPOTrainer.files_beside, VALUE_HEAD_FILE)
 
     _tag_names = ["trl", "ppo", "trl-agents"]
     _name = "AgentPPO"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..actions import ActionParser
+from ..agent_config import AgentConfig
 from ..contexts import Briefing
 from ..episodes import LoggedEpisode, write_episodes
 from ..plots import plot_learning_curve
@@ -34,6 +35,7 @@ CARD_SETTINGS = (
     "learning_rate",
     "temperature",
 )
+ALWAYS_TOLD = ("env_kwargs", "max_new_tokens")  # in the card's code; other arguments where they are not the usual
 GROUP_SETTINGS = ("advantage_estimator", "scale_rewards")
 # What the card tells of the training where nobody has told it of results, and what a picture is made of.
 PROGRESS = ("return_mean", "regret_mean", "coverage_mean", "invalid_share")
@@ -62,7 +64,7 @@ def complete_card(trainer: AgentGRPOTrainer) -> None:
         results += f"\n\nSome episodes: [to read]({SAMPLES_FILE}.txt), [to learn from]({SAMPLES_FILE}.jsonl)."
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8").replace(NO_BASE, " language model")
-    agent = (trainer.env_name, trainer.action_parser, trainer.args)
+    agent = (trainer.env_name, trainer.agent_config, trainer.args)
     section = card_section(*agent, results.strip(), trainer.hub_model_id)
     card.write_text(text + section + base_note(trainer.model), encoding="utf-8")
 
@@ -115,15 +117,15 @@ def base_note(model: Any) -> str:
     )
 
 
-def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results: str, model: str | None = None) -> str:
+def card_section(env: str, agent: AgentConfig, args: AgentGRPOConfig, results: str, model: str | None = None) -> str:
     """
     Markdown on the agent: its settings, ten lines that let it play, and what it achieved.
 
     Args:
         env (`str`):
-            Id or name of the environment.
-        parser ([`ActionParser`]):
-            What takes its actions out of text.
+            Name of the environment, for one without an id.
+        agent ([`AgentConfig`]):
+            How it plays.
         args ([`AgentGRPOConfig`]):
             How it was trained.
         results (`str`):
@@ -131,25 +133,15 @@ def card_section(env: str, parser: ActionParser, args: AgentGRPOConfig, results:
         model (`str`, *optional*):
             Where the agent is loaded from. Defaults to the repository of `args`, or the output folder.
     """
-    env_kwargs = args.env_kwargs or {}
     model = model or args.hub_model_id or args.output_dir
-    name = f'"{env}"' if "/" in env else env  # an id, or the class that was given
-    call = f"play_model(model, tokenizer, {name}, held_out_seeds(8), env_kwargs={env_kwargs!r}"
-    call += f", max_new_tokens={args.max_completion_length}"
-    if args.eval_temperature is not None:
-        call += f", temperature={args.eval_temperature}"
-    if args.context == "window":
-        call += f', context="window", window={args.window}'
-    if args.action_stop:
-        call += ", action_stop=True"
-    if args.exploration:
-        call += f", exploration={args.to_dict()['exploration']!r}"
-    if args.chat_template_kwargs:
-        call += f", chat_template_kwargs={args.chat_template_kwargs!r}"
-    parser_import = ""
-    if parser != ActionParser():
-        parser_import = f"from {_home(type(parser))} import {type(parser).__name__}\n"
-        call += f", parser={parser!r}"
+    env, parser = agent.env_id or env, agent.action_parser
+    name = f'"{env}"' if agent.env_id else env  # an id, or the class that was given
+    arguments, usual = agent.arguments(), AgentConfig().arguments()
+    told = {key: value for key, value in arguments.items() if key in ALWAYS_TOLD or value != usual[key]}
+    call = ", ".join(
+        ["model", "tokenizer", name, "held_out_seeds(8)", *(f"{key}={value!r}" for key, value in told.items())]
+    )
+    parser_import = f"from {_home(type(parser))} import {type(parser).__name__}\n" if "parser" in told else ""
     load = f'from_pretrained("{model}"' + (", trust_remote_code=True)" if args.trust_remote_code else ")")
     code = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -157,12 +149,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.{load}
 tokenizer = AutoTokenizer.{load}
-for episode in {call}):
+for episode in play_model({call}):
     print(episode, end="\\n\\n")
 """
     names = CARD_SETTINGS + (CRITIC_SETTINGS if args.has_critic else GROUP_SETTINGS)
     settings = [
-        ("environment", f"`{env}` {_cell(env_kwargs)}"),
+        ("environment", f"`{env}` {_cell(args.env_kwargs or {})}"),
         ("actions", f"`{_cell(parser)}`"),
         *((name, f"`{getattr(args, name)}`") for name in names),
     ]

@@ -1,0 +1,145 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""`agent_config.json`: who writes it, what it says, and what is said of one that cannot be used."""
+
+import functools
+import inspect
+import json
+
+import pytest
+from scripted import Pay, make_config, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_agents import ActionParser, AgentGRPOTrainer, make_env
+from trl_agents.agent_config import AGENT_CONFIG_FILE, AgentConfig, read_agent_config
+from trl_agents.evaluation import play_model
+from trl_agents.tiny import make_tiny_model
+
+
+BANDIT = "trl_agents/Bandit-v0"
+SMALL = {"n_arms": 2, "horizon": 2}
+
+
+class Shouted(ActionParser):
+    """A parser of a user's own."""
+
+
+def of(tmp_path, env=BANDIT, parser=None, **settings):
+    return AgentConfig.of_training(make_config(tmp_path, **settings), env, parser or ActionParser())
+
+
+def test_the_defaults_are_those_of_play_model():
+    parameters = inspect.signature(play_model).parameters
+    for name, value in AgentConfig().arguments().items():
+        default = parameters[name].default
+        assert value == {"env_kwargs": {}, "exploration": [], "parser": ActionParser()}.get(name, default)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"context": "window", "window": 3, "env_kwargs": SMALL, "max_completion_length": 7},
+        {"eval_temperature": 0.0, "action_stop": True, "chat_template_kwargs": {"enable_thinking": False}},
+        {"temperature": 0.7, "exploration": ["try_all", "epsilon_greedy=0.1"]},
+    ],
+)
+def test_what_is_written_is_read(tmp_path, settings):
+    parser = ActionParser([r"Move: (.+)", r"(\w+)!"], template="Move: {action}") if "window" in settings else None
+    written = of(tmp_path, parser=parser, **settings)
+    written.save(tmp_path)
+    read = read_agent_config(tmp_path)
+    assert read == written
+    assert read.temperature == settings.get("eval_temperature", settings.get("temperature", 1.0))
+    assert read.max_completion_length == settings.get("max_completion_length", written.max_completion_length)
+    assert read.action_parser == (parser or ActionParser())
+
+
+def test_an_environment_without_an_id(tmp_path):
+    assert of(tmp_path, Pay, env_kwargs={"horizon": 2}).env_id is None
+    made = functools.partial(make_env, BANDIT, n_arms=3, means=object())
+    config = of(tmp_path, made, env_kwargs={"horizon": 4})
+    config.save(tmp_path)
+    read = read_agent_config(tmp_path)
+    assert (read.env_id, read.env_kwargs) == (BANDIT, {"n_arms": 3, "horizon": 4})
+    assert read.left_out == ("means",)  # which no file can hold
+
+
+def test_a_parser_of_ones_own_is_named(tmp_path):
+    of(tmp_path, parser=Shouted(r"MOVE (\w+)")).save(tmp_path)
+    read = read_agent_config(tmp_path)
+    assert read.parser_class == f"{Shouted.__module__}.Shouted"
+    assert read.action_parser == ActionParser(r"MOVE (\w+)")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "it holds no JSON object"),
+        ("{}", "its version is None"),
+        ('{"version": 2, "context": "letters"}', "its version is 2, and this release of trl-agents knows 1"),
+        ('{"version": 1, "context": "letters"}', "context='letters', which should be 'chat' or 'window'"),
+        ('{"version": 1, "window": true}', "window=True"),
+        ('{"version": 1, "max_completion_length": 0}', "max_completion_length=0"),
+        ('{"version": 1, "temperature": NaN}', "temperature=nan"),
+        ('{"version": 1, "env_kwargs": null}', "env_kwargs=None, which should be an object"),
+        ('{"version": 1, "exploration": "try_all"}', "exploration='try_all'"),
+        ('{"version": 1, "action_parser": {"patterns": ["("]}}', "is not a regular expression"),
+        ("[" * 100_000, "does not tell"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path, text, told):
+    (tmp_path / AGENT_CONFIG_FILE).write_text(text)
+    with pytest.raises(ValueError) as raised:
+        read_agent_config(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path / AGENT_CONFIG_FILE} ") and told in str(raised.value)
+
+
+def test_what_an_unknown_setting_says_is_passed_over(tmp_path):
+    (tmp_path / AGENT_CONFIG_FILE).write_text('{"version": 1, "window": 3, "mood": "good"}')
+    assert read_agent_config(tmp_path) == AgentConfig(window=3)
+
+
+def test_there_is_none(tmp_path):
+    """In a folder, and of a Hub id, also without a network."""
+    assert read_agent_config(tmp_path) is None
+    assert read_agent_config("nobody/no-such-model") is None
+    assert read_agent_config("no name: of anything") is None
+
+
+def test_of_a_hub_id_that_is_cached(tmp_path, monkeypatch):
+    (tmp_path / AGENT_CONFIG_FILE).write_text('{"version": 1, "window": 3}')
+    asked = []
+
+    def download(*where):
+        asked.append(where)
+        return str(tmp_path / AGENT_CONFIG_FILE)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_agent_config("you/your-agent").window == 3 and asked == [("you/your-agent", AGENT_CONFIG_FILE)]
+
+
+def test_the_trainer_writes_it_whenever_it_saves(tmp_path):
+    """Also into checkpoints; what it says lets the model play."""
+    settings = {"env_kwargs": SMALL, "max_completion_length": 6, "max_steps": 1, "save_strategy": "steps"}
+    settings |= {"context": "window", "window": 1, "save_steps": 1}
+    trainer = AgentGRPOTrainer(
+        save_tiny_model(tmp_path / "tiny"), args=make_config(tmp_path / "out", **settings), env=BANDIT
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    how = read_agent_config(tmp_path / "saved")
+    assert how == read_agent_config(tmp_path / "out" / "checkpoint-1")
+    expected = AgentConfig(BANDIT, SMALL, "window", 1, 6)
+    assert how == expected
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    (played,) = play_model(model, tokenizer, how.env_id, [0], **how.arguments())
+    assert played.steps == 2
+
+
+def test_the_warmed_up_model_has_it(tmp_path):
+    env = functools.partial(make_env, BANDIT, **SMALL)
+    folder = make_tiny_model(env, tmp_path, n_transcripts=4, max_completion_length=9, max_steps=1, use_cpu=True)
+    assert read_agent_config(folder) == AgentConfig(BANDIT, SMALL, max_completion_length=9)
+    assert json.loads((tmp_path / AGENT_CONFIG_FILE).read_text())["version"] == 1
