@@ -23,9 +23,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import Agent, make_agent
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import check_positive, load_as, parse_arguments
+from trl_agents.recipe import check_positive, check_resumption, load_as, parse_arguments, warm_up
 from trl_agents.report import report_players
-from trl_agents.tiny import make_tiny_model
 
 
 ENV_ID = "trl_agents/ContextualBandit-v0"
@@ -69,20 +68,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_run(ENV_ID, training_args, ActionParser(), peft_config=adapters)
+    check_resumption(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = model_args.model_name_or_path
-    if model is None:
-        model = make_tiny_model(
-            functools.partial(make_env, ENV_ID, **env_kwargs),
-            output_dir / "warmup",
-            n_transcripts=script_args.num_transcripts,
-            seed=training_args.seed,
-            rationale=taste if env_kwargs.get("reasoning", True) else None,
-            context=training_args.context,
-            window=training_args.window,
-            disable_tqdm=training_args.disable_tqdm,
-            use_cpu=training_args.use_cpu,
-        )
+    rationale = taste if env_kwargs.get("reasoning", True) else None
+    model = model_args.model_name_or_path or warm_up(
+        ENV_ID, training_args, script_args.num_transcripts, rationale=rationale
+    )
     source = load_as(training_args, model_args)
     trainer = AgentGRPOTrainer(
         model,

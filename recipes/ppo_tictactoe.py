@@ -29,8 +29,7 @@ from trl_agents.evaluation import (
     summarize_games,
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
-from trl_agents.recipe import check_positive, load_as, parse_arguments
-from trl_agents.tiny import make_tiny_model
+from trl_agents.recipe import check_positive, check_resumption, load_as, parse_arguments, warm_up
 from trl_agents.transcripts import board_rationale
 
 
@@ -78,23 +77,17 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         raise ValueError(f"env_id={env_id!r} is not tic-tac-toe, which is played here: use trl_agents/TicTacToe-v0.")
     if script_args.self_play and "opponent" in env_kwargs:
         raise ValueError(f"opponent={game.opponent!r} has no effect with self_play: leave it out of env_kwargs.")
+    check_resumption(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = model_args.model_name_or_path
-    if model is None:
-        model = make_tiny_model(
-            functools.partial(make_env, env_id, **env_kwargs),
-            output_dir / "warmup",
-            n_transcripts=script_args.num_transcripts,
-            seed=training_args.seed,
-            agent=RandomAgent(),
-            rationale=RATIONALES[script_args.rationale],
-            batch_size=16 if training_args.context == "chat" else 64,
-            context=training_args.context,
-            window=training_args.window,
-            parser=parser,
-            disable_tqdm=training_args.disable_tqdm,
-            use_cpu=training_args.use_cpu,
-        )
+    model = model_args.model_name_or_path or warm_up(
+        env_id,
+        training_args,
+        script_args.num_transcripts,
+        agent=RandomAgent(),
+        rationale=RATIONALES[script_args.rationale],
+        batch_size=16 if training_args.context == "chat" else 64,
+        parser=parser,
+    )
     source = load_as(training_args, model_args)
     pool = None
     if script_args.self_play:

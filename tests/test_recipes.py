@@ -188,8 +188,9 @@ def test_the_card_plays_the_game(short_games):
         (["--self_play", "true"], "opponent=.*'noisy'.* has no effect with self_play"),
         (["--action_pattern", r"ACTION=([1-9])"], "No pattern can produce the legal action '0'"),
         (["--num_transcripts", "0"], "num_transcripts=0: give more than 0"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
     ],
-    ids=["another game", "the seat", "two opponents", "an unreachable action", "no transcripts"],
+    ids=["another game", "the seat", "two opponents", "an unreachable action", "no transcripts", "no checkpoint"],
 )
 def test_mistakes_in_the_game_are_told_first(tmp_path, arguments, said):
     module = recipe("ppo_tictactoe")

@@ -14,8 +14,13 @@ from typing import Any
 from datasets import Dataset
 
 from ._trl import GRPOConfig, ModelConfig, TrlParser
+from .checkpoints import find_checkpoint
 from .data import as_settings, load_questions
+from .envs.make import make_env
 from .hub import Token, stage_repository
+from .stages import Stages
+from .tiny import make_tiny_model
+from .transcripts import plain_rationale
 
 
 # Arguments of trainers that no result depends on
@@ -79,6 +84,50 @@ def check_positive(arguments: Any, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value!r}: give more than 0.")
+
+
+def check_resumption(training_args: Any) -> None:
+    """Find the checkpoint to resume from now, for a warm-up that nothing goes on from would be in vain."""
+    training_args.resume_from_checkpoint = find_checkpoint(
+        training_args.resume_from_checkpoint, training_args.output_dir
+    )
+
+
+def warm_up(
+    env_id: str, training_args: Any, n_transcripts: int, *, rationale: Any = plain_rationale, **how: Any
+) -> str:
+    """
+    The model that a recipe starts from where none was named: [`~tiny.make_tiny_model`] as the stage `warmup` of
+    [`Stages`], so that a run that is resumed, or begun again, finds it done.
+
+    Args:
+        env_id (`str`):
+            What it will play, with `env_kwargs` of `training_args`.
+        training_args ([`AgentGRPOConfig`]):
+            Of the recipe's trainer.
+        n_transcripts (`int`):
+            Number of episodes to learn from.
+        rationale (*optional*):
+            As for [`~transcripts.play_transcripts`].
+        **how:
+            Other arguments of [`~tiny.make_tiny_model`].
+
+    Returns:
+        `str`: its folder.
+
+    Raises:
+        `ValueError`: if the folder holds one that was made with other settings.
+    """
+    env_kwargs = training_args.env_kwargs or {}
+    reading = {name: getattr(training_args, name) for name in ("seed", "context", "window")}
+    running = {name: getattr(training_args, name) for name in ("disable_tqdm", "use_cpu")}
+    env = functools.partial(make_env, env_id, **env_kwargs)
+    make = functools.partial(
+        make_tiny_model, env, n_transcripts=n_transcripts, rationale=rationale, **reading, **running, **how
+    )
+    stages = Stages(training_args.output_dir, env=[env_id, env_kwargs], **reading)
+    spoken = {"rationale": getattr(rationale, "__name__", None), "parser": repr(how.get("parser"))}
+    return str(stages.run("warmup", make, n_transcripts=n_transcripts, **spoken))
 
 
 @dataclass
