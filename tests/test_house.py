@@ -37,7 +37,7 @@ LAYERS = [
     (2, ["data", "question_rows", "arithmetic", "preferences"]),
     (2, ["transcripts", "episode_file"]),
     (2, ["page", "viewer", "charts"]),
-    (2, ["hub"]),
+    (2, ["hub", "cards"]),
     (2, ["checkpoints"]),
     (3, ["_trl"]),
     (3, ["evaluation", "episodes", "expert_data", "plots"]),

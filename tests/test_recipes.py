@@ -111,6 +111,16 @@ def test_the_card_runs_the_agent(short_run):
     assert result.stdout.count("Step=19") == 8
 
 
+@pytest.mark.parametrize("name", [".", "warmup"])
+def test_the_cards_say_which_model_they_are_of(short_run, name):
+    """TRL's said "Model Card for None", linked to huggingface.co/None, and asked of a time machine."""
+    folder = (short_run / name).resolve()
+    card = (folder / "README.md").read_text()
+    assert f"# Model Card for {folder.name}\n" in card and "time machine" not in card
+    assert "None" not in card.replace("| `None` |", "")
+    exec(card.split("```python\n")[1].split("for episode")[0].split("```")[0], {})  # loads the model
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_the_default_recipe_learns(tmp_path, seed):

@@ -210,7 +210,8 @@ def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> A
     they leave. None writes the token into its folder, which is pushed.
     """
     args = copy.copy(training_args)
-    args.hub_model_id = stage_repository(training_args, folder)
+    if training_args.push_to_hub or training_args.hub_model_id:  # else its card would name what is nowhere
+        args.hub_model_id = stage_repository(training_args, folder)
     args.hub_token = Token(args.hub_token) if args.hub_token else None
     args.push_to_hub = args.push_to_hub and isinstance(args, GRPOConfig)  # ours extend it, and survive
     for name, value in {"output_dir": str(folder), **changes}.items():

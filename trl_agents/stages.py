@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 
+from .cards import card_name, correct_card
 from .checkpoints import last_checkpoint
 from .lora import StageAdapters
 from .plots import plot_learning_curve
@@ -179,7 +180,9 @@ def train_and_save(
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder))
     trainer.save_state()
-    trainer.create_model_card()
+    trainer.create_model_card(model_name=card_name(trainer.args))
+    if trainer.is_world_process_zero():
+        correct_card(folder, trainer.args.hub_model_id or str(folder))
     trainer.accelerator.wait_for_everyone()
     if adapters is not None:
         adapters.merge(start, folder)
