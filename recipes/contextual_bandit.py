@@ -23,8 +23,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import Agent, make_agent
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import check_positive, check_resumption, load_as, parse_arguments, warm_up
+from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
 from trl_agents.report import report_players
+from trl_agents.stages import announce
 
 
 ENV_ID = "trl_agents/ContextualBandit-v0"
@@ -90,9 +91,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     met = make_env(ENV_ID, **env_kwargs)
     players = {"random": make_agent("random"), "best_fixed": FixedAgent(met.best_arm), "linucb": make_agent("linucb")}
     played = play_agents(strangers, players, seeds)
+    announce(f"Playing {len(seeds)} held-out episodes before training")
     played["before"] = trainer.play(seeds, env=strangers)
+    announce_training(training_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    announce(f"Playing {len(seeds)} held-out episodes after training")
     played["after"] = trainer.play(seeds, env=strangers)
     trainer.close_environments()
 
@@ -102,4 +106,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

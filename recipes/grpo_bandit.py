@@ -18,8 +18,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import check_positive, check_resumption, load_as, parse_arguments, warm_up
+from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
 from trl_agents.report import report_players
+from trl_agents.stages import announce
 
 
 PLAYERS = ("random", "ucb", "thompson")
@@ -70,9 +71,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # The same held-out episodes for everybody
     seeds = held_out_seeds(script_args.num_eval_episodes)
     played = play_agents(script_args.env_id, PLAYERS, seeds, env_kwargs=env_kwargs)
+    announce(f"Playing {len(seeds)} held-out episodes before training")
     played["before"] = trainer.play(seeds)
+    announce_training(training_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    announce(f"Playing {len(seeds)} held-out episodes after training")
     played["after"] = trainer.play(seeds)
     trainer.close_environments()
 
@@ -82,4 +86,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

@@ -29,7 +29,9 @@ from trl_agents.evaluation import (
     summarize_games,
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
-from trl_agents.recipe import check_positive, check_resumption, load_as, parse_arguments, warm_up
+from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
+from trl_agents.report import announce_files
+from trl_agents.stages import announce
 from trl_agents.transcripts import board_rationale
 
 
@@ -115,9 +117,12 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     seeds = held_out_seeds(script_args.num_eval_episodes)
     meet_all = functools.partial(play_opponents, env=env_id, opponents=OPPONENTS, env_kwargs=env_kwargs)
     played = {"random": meet_all(lambda env: play_agents(env, ["random"], seeds)["random"])}
+    announce(f"Playing {len(seeds)} games against each opponent before training")
     played["before"] = meet_all(lambda env: trainer.play(seeds, env=env))
+    announce_training(training_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    announce(f"Playing {len(seeds)} games against each opponent after training")
     played["after"] = meet_all(lambda env: trainer.play(seeds, env=env))
     played["optimal"] = meet_all(lambda env: play_agents(env, ["minimax"], seeds)["minimax"])
     trainer.close_environments()
@@ -143,9 +148,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             (output_dir / f"games_{player}.txt").write_text(drawn)
         print(results, f"Invalid replies: {invalid_rate['before']} before, {invalid_rate['after']} after.", sep="\n\n")
     trainer.create_model_card()
+    announce_files(output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig)

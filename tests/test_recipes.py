@@ -62,6 +62,7 @@ def test_help_names_the_options():
 def test_unknown_environment_is_named(tmp_path):
     result = run("grpo_bandit.py", "--env_id", "trl_agents/Bandt-v0", "--output_dir", tmp_path / "out")
     assert result.returncode != 0
+    assert "Traceback" not in result.stderr
     assert "trl_agents/Bandt-v0" in result.stderr and "trl_agents/Bandit-v0" in result.stderr
     assert not (tmp_path / "out").exists(), "something was written before the error"
 
@@ -74,6 +75,10 @@ def short_run(tmp_path_factory):
     small += ["--num_generations", 2, "--output_dir", output_dir, "--disable_tqdm", "true"]
     result = run("grpo_bandit.py", *small)
     assert result.returncode == 0, result.stderr[-3000:]
+    signs = ["Warming up a small model on 12 episodes", "Playing 6 held-out episodes before", "Training: 2 updates"]
+    places = [result.stdout.index(sign) for sign in [*signs, "Playing 6 held-out episodes after"]]
+    assert places == sorted(places) and "episodes_after.txt" in result.stdout.splitlines()[-1]
+    assert f"Written to {output_dir}: " in result.stdout
     return output_dir
 
 

@@ -86,6 +86,7 @@ class Stages:
                 f"{str(folder)!r} holds a stage that was {'begun' if done is None else 'run'} with other settings "
                 f"({told}): use another output_dir, or delete the folder and those of the stages after it."
             )
+        announce(f"Stage {name}" + (", done already" if done is not None else ""))
         if done is None:
             self._stamp(folder / BEGUN, asked)
             make(folder)
@@ -102,6 +103,21 @@ class Stages:
             part.write_text(json.dumps(settings, indent=2))
             part.replace(path)  # whole or not at all
         state.wait_for_everyone()
+
+
+def announce(text: str) -> None:
+    """Tell who watches a recipe what it does now: the main process does, for all."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def what_is_kept(output_dir: str | Path) -> list[str]:
+    """What a run that is interrupted can go on from: the stages that are done, and the last checkpoint of others."""
+    output_dir = Path(output_dir)
+    kept = sorted(stamp.parent.name for stamp in output_dir.glob(f"*/{STAMP}"))
+    begun = [stamp.parent for stamp in sorted(output_dir.glob(f"*/{BEGUN}")) if stamp.parent.name not in kept]
+    found = [last_checkpoint(folder) for folder in (*begun, output_dir)]
+    return kept + [str(Path(checkpoint).relative_to(output_dir)) for checkpoint in found if checkpoint]
 
 
 def stage_config(
