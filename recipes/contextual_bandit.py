@@ -23,9 +23,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import Agent, make_agent
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import check_positive, load_as, parse_arguments
+from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
 from trl_agents.report import report_players
-from trl_agents.tiny import make_tiny_model
+from trl_agents.stages import announce
 
 
 ENV_ID = "trl_agents/ContextualBandit-v0"
@@ -69,21 +69,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_run(ENV_ID, training_args, ActionParser(), peft_config=adapters, quantization_config=quantization)
+    check_resumption(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = model_args.model_name_or_path
-    if model is None:
-        model = make_tiny_model(
-            functools.partial(make_env, ENV_ID, **env_kwargs),
-            output_dir / "warmup",
-            n_transcripts=script_args.num_transcripts,
-            seed=training_args.seed,
-            rationale=taste if env_kwargs.get("reasoning", True) else None,
-            context=training_args.context,
-            window=training_args.window,
-            max_completion_length=training_args.max_completion_length,
-            disable_tqdm=training_args.disable_tqdm,
-            use_cpu=training_args.use_cpu,
-        )
+    rationale = taste if env_kwargs.get("reasoning", True) else None
+    model = model_args.model_name_or_path or warm_up(
+        ENV_ID, training_args, script_args.num_transcripts, rationale=rationale
+    )
     source = load_as(training_args, model_args)
     trainer = AgentGRPOTrainer(
         model,
@@ -100,9 +91,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     met = make_env(ENV_ID, **env_kwargs)
     players = {"random": make_agent("random"), "best_fixed": FixedAgent(met.best_arm), "linucb": make_agent("linucb")}
     played = play_agents(strangers, players, seeds)
+    announce(f"Playing {len(seeds)} held-out episodes before training")
     played["before"] = trainer.play(seeds, env=strangers)
+    announce_training(training_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    announce(f"Playing {len(seeds)} held-out episodes after training")
     played["after"] = trainer.play(seeds, env=strangers)
     trainer.close_environments()
 
@@ -112,4 +106,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

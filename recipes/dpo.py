@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 from trl_agents.lora import StageAdapters
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_positive, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import check_positive, check_stages, run, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
 from trl_agents.stages import train_and_save
@@ -68,4 +68,4 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, DPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, DPOConfig, ModelConfig)

@@ -26,7 +26,7 @@ from trl_agents.recipe import (
     argument,
     check_positive,
     check_stages,
-    parse_arguments,
+    run,
     stage_arguments,
     trainer_settings,
 )
@@ -118,4 +118,4 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, SFTConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, SFTConfig, ModelConfig)

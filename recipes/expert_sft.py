@@ -36,7 +36,7 @@ from trl_agents.recipe import (
     as_settings,
     check_positive,
     check_stages,
-    parse_arguments,
+    run,
     stage_arguments,
     trainer_settings,
 )
@@ -183,4 +183,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

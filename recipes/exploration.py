@@ -28,7 +28,7 @@ from trl_agents.recipe import (
     argument,
     check_positive,
     check_stages,
-    parse_arguments,
+    run,
     stage_arguments,
     trainer_settings,
 )
@@ -148,4 +148,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

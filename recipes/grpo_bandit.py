@@ -10,18 +10,17 @@ Without --config it runs recipes/configs/grpo_bandit_tiny.yaml; without --model_
 warms it up on a random player's episodes. recipes/README.md says what to expect.
 """
 
-import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
+from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import check_positive, load_as, parse_arguments
+from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
 from trl_agents.report import report_players
-from trl_agents.tiny import make_tiny_model
+from trl_agents.stages import announce
 
 
 PLAYERS = ("random", "ucb", "thompson")
@@ -55,21 +54,11 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     check_run(script_args.env_id, training_args, parser, peft_config=adapters, quantization_config=quantization)
+    check_resumption(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = model_args.model_name_or_path
-    if model is None:
-        model = make_tiny_model(
-            functools.partial(make_env, script_args.env_id, **env_kwargs),
-            output_dir / "warmup",
-            n_transcripts=script_args.num_transcripts,
-            seed=training_args.seed,
-            context=training_args.context,
-            window=training_args.window,
-            max_completion_length=training_args.max_completion_length,
-            parser=parser,
-            disable_tqdm=training_args.disable_tqdm,
-            use_cpu=training_args.use_cpu,
-        )
+    model = model_args.model_name_or_path or warm_up(
+        script_args.env_id, training_args, script_args.num_transcripts, parser=parser
+    )
     source = load_as(training_args, model_args)
     trainer = AgentGRPOTrainer(
         model,
@@ -84,9 +73,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # The same held-out episodes for everybody
     seeds = held_out_seeds(script_args.num_eval_episodes)
     played = play_agents(script_args.env_id, PLAYERS, seeds, env_kwargs=env_kwargs)
+    announce(f"Playing {len(seeds)} held-out episodes before training")
     played["before"] = trainer.play(seeds)
+    announce_training(training_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    announce(f"Playing {len(seeds)} held-out episodes after training")
     played["after"] = trainer.play(seeds)
     trainer.close_environments()
 
@@ -96,4 +88,4 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

@@ -29,8 +29,9 @@ from trl_agents.evaluation import (
     summarize_games,
 )
 from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
-from trl_agents.recipe import check_positive, load_as, parse_arguments
-from trl_agents.tiny import make_tiny_model
+from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
+from trl_agents.report import announce_files
+from trl_agents.stages import announce
 from trl_agents.transcripts import board_rationale
 
 
@@ -79,24 +80,17 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         raise ValueError(f"env_id={env_id!r} is not tic-tac-toe, which is played here: use trl_agents/TicTacToe-v0.")
     if script_args.self_play and "opponent" in env_kwargs:
         raise ValueError(f"opponent={game.opponent!r} has no effect with self_play: leave it out of env_kwargs.")
+    check_resumption(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)
-    model = model_args.model_name_or_path
-    if model is None:
-        model = make_tiny_model(
-            functools.partial(make_env, env_id, **env_kwargs),
-            output_dir / "warmup",
-            n_transcripts=script_args.num_transcripts,
-            seed=training_args.seed,
-            agent=RandomAgent(),
-            rationale=RATIONALES[script_args.rationale],
-            batch_size=16 if training_args.context == "chat" else 64,
-            context=training_args.context,
-            window=training_args.window,
-            max_completion_length=training_args.max_completion_length,
-            parser=parser,
-            disable_tqdm=training_args.disable_tqdm,
-            use_cpu=training_args.use_cpu,
-        )
+    model = model_args.model_name_or_path or warm_up(
+        env_id,
+        training_args,
+        script_args.num_transcripts,
+        agent=RandomAgent(),
+        rationale=RATIONALES[script_args.rationale],
+        batch_size=16 if training_args.context == "chat" else 64,
+        parser=parser,
+    )
     source = load_as(training_args, model_args)
     pool = None
     if script_args.self_play:
@@ -124,9 +118,12 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     seeds = held_out_seeds(script_args.num_eval_episodes)
     meet_all = functools.partial(play_opponents, env=env_id, opponents=OPPONENTS, env_kwargs=env_kwargs)
     played = {"random": meet_all(lambda env: play_agents(env, ["random"], seeds)["random"])}
+    announce(f"Playing {len(seeds)} games against each opponent before training")
     played["before"] = meet_all(lambda env: trainer.play(seeds, env=env))
+    announce_training(training_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
+    announce(f"Playing {len(seeds)} games against each opponent after training")
     played["after"] = meet_all(lambda env: trainer.play(seeds, env=env))
     played["optimal"] = meet_all(lambda env: play_agents(env, ["minimax"], seeds)["minimax"])
     trainer.close_environments()
@@ -152,9 +149,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             (output_dir / f"games_{player}.txt").write_text(drawn)
         print(results, f"Invalid replies: {invalid_rate['before']} before, {invalid_rate['after']} after.", sep="\n\n")
     trainer.create_model_card()
+    announce_files(output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig)

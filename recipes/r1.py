@@ -28,7 +28,7 @@ from trl_agents.recipe import (
     check_positive,
     check_stages,
     machine_settings,
-    parse_arguments,
+    run,
     stage_arguments,
     trainer_settings,
 )
@@ -173,4 +173,4 @@ def check(script_args: ScriptArguments, training_args: AgentGRPOConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentGRPOConfig, ModelConfig)

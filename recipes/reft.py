@@ -28,7 +28,7 @@ from trl_agents.recipe import (
     check_positive,
     check_stages,
     machine_settings,
-    parse_arguments,
+    run,
     stage_arguments,
     trainer_settings,
 )
@@ -207,4 +207,4 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig)

@@ -22,7 +22,7 @@ from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_positive, check_stages, parse_arguments, stage_arguments, trainer_settings
+from trl_agents.recipe import check_positive, check_stages, run, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
 from trl_agents.stages import train_and_save
@@ -113,4 +113,4 @@ def curve(folder, rewards):
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig))
+    run(main, DEFAULT_CONFIG, ScriptArguments, AgentPPOConfig, ModelConfig)

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from trl_agents import ActionParser, make_env
 from trl_agents.agent_config import AgentConfig
+from trl_agents.cards import correct_card
 from trl_agents.trainers.card import card_section
 
 
@@ -30,7 +31,7 @@ def code_of(card):
 def card(folder, parser=None, **settings):
     settings = {"env_kwargs": {"n_arms": 2, "horizon": 2}, "max_completion_length": 3, **settings}
     args = make_config(folder, **settings)
-    return card_section(ENV, AgentConfig.of_training(args, ENV, parser or ActionParser()), args, "")
+    return card_section(ENV, AgentConfig.of_training(args, ENV, parser or ActionParser()), args, str(folder))
 
 
 def test_defaults_are_left_out(tmp_path):
@@ -71,6 +72,39 @@ def test_an_id_is_quoted(tmp_path, env):
 
 def test_remote_code(tmp_path):
     assert code_of(card(tmp_path, trust_remote_code=True)).count(", trust_remote_code=True)") == 2
+
+
+TRLS_CARD = """# Model Card for x
+
+This model is a fine-tuned version of [{base}](https://huggingface.co/{base}).
+
+## Quick start
+
+```python
+{code}
+```
+
+## Training procedure
+"""
+ASKS = 'question = "time machine"\ngenerator = pipeline("text-generation", model="{model}")'
+
+
+@pytest.mark.parametrize(
+    ("base", "code", "said", "unsaid"),
+    [
+        ("None", ASKS.format(model="None"), 'AutoModelForCausalLM.from_pretrained("out/x")', ["time machine", "None"]),
+        ("None", 'rewarder = pipeline(model="None")', 'rewarder = pipeline(model="out/x")', ["None", "CausalLM"]),
+        ("org/base", ASKS.format(model="you/x"), ASKS.format(model="you/x"), ["CausalLM"]),
+    ],
+    ids=["made on the spot", "a reward model", "of a model of the Hub"],
+)
+def test_what_trl_does_not_know(tmp_path, base, code, said, unsaid):
+    (tmp_path / "README.md").write_text(TRLS_CARD.format(base=base, code=code))
+    for _ in range(2):
+        correct_card(tmp_path, "out/x")
+        text = (tmp_path / "README.md").read_text()
+        assert said in text and not [each for each in unsaid if each in text]
+        assert ("[org/base]" in text) == (base == "org/base") and text.endswith("\n## Training procedure\n")
 
 
 @pytest.mark.parametrize("context", ["chat", "window"])

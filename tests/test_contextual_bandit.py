@@ -314,6 +314,7 @@ def test_the_recipe_can_reason(tmp_path):
         ("--env_kwargs", '{"users": "all"}', "leave `users` out"),
         ("--num_eval_episodes", "-1", "num_eval_episodes=-1"),
         ("--num_transcripts", "0", "num_transcripts=0"),
+        ("--resume_from_checkpoint", "true", "holds no whole checkpoint"),
     ],
 )
 def test_mistakes_are_told_before_the_warm_up(tmp_path, name, value, said):

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "recipes" / "grpo_bandit.py"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 SMALL = ["--num_transcripts", "12", "--num_eval_episodes", "6", "--rollout_batch_size", "8", "--disable_tqdm", "true"]
+ONE_GROUP = ["--per_device_train_batch_size", "4", "--num_generations", "4", "--gradient_accumulation_steps", "1"]
+ONE_GROUP += ["--rollout_batch_size", "4", "--save_steps", "1", "--logging_steps", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +37,7 @@ MISTAKES = {
     "an unreachable action": (["--action_pattern", r"ACTION=(\d)"], "No pattern can produce the legal action"),
     "no episodes to compare": (["--num_eval_episodes", 0], "num_eval_episodes=0: give more than 0"),
     "the environment": (["--env_kwargs", '{"horizon": 0}'], "horizon=0"),
+    "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no whole checkpoint: .* use 'auto'"),
 }
 
 
@@ -60,6 +63,33 @@ def test_remote_code_reaches_model_and_tokenizer(recipe, tmp_path, monkeypatch, 
     with pytest.raises(Reached, match=str(trusted)):
         recipe.main(*arguments)
     assert arguments[1].model_init_kwargs["trust_remote_code"] is trusted
+
+
+def test_resuming_finds_the_warm_up_done(recipe, tmp_path, monkeypatch):
+    """
+    It was made anew, in the place of the one that the checkpoints began from; and `Trainer` said that `lm_head.weight`
+    was missing, which is the embeddings' under another name.
+    """
+    warned = []
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda message, *args: warned.append(message))
+
+    def start(*changes):
+        short = ["--env_kwargs", '{"n_arms": 2, "horizon": 3}', *SMALL, *ONE_GROUP]
+        recipe.main(*arguments_of(recipe, *short, "--output_dir", tmp_path, *changes))
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "warmup").rglob("*")}
+
+    start("--max_steps", 1)
+    made = files()
+    start("--max_steps", 2, "--resume_from_checkpoint", "true")
+    assert files() == made and not [message for message in warned if "missing keys" in message]
+    logged = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+    assert [log["step"] for log in logged if "loss" in log] == [1, 2]
+    for changed, told in (("--env_kwargs", '{"n_arms": 3}'), "now .*'n_arms': 3"), (("--seed", 1), "seed 0, now 1"):
+        with pytest.raises(ValueError, match=f"other settings .*{told}.*delete the folder"):
+            start("--max_steps", 3, "--resume_from_checkpoint", "true", *changed)
+    assert files() == made
 
 
 # -- as a user starts it ----------------------------------------------------------------------------------------------
@@ -135,11 +165,13 @@ def test_ctrl_c_ends_it_and_keeps_what_was_learnt(tmp_path):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) != 0  # a thread that hangs would keep it alive
+        assert process.wait(timeout=30) == 130  # a thread that hangs would keep it alive
     finally:
         process.kill()
         process.wait()
-    assert "KeyboardInterrupt" in log.read_text()
+    told = log.read_text()
+    assert f"Interrupted. '{tmp_path}' keeps warmup, checkpoint-" in told and "Traceback" not in told
+    assert "Training: 100000 updates" in told
     assert not (tmp_path / "metrics.json").exists()
     AutoTokenizer.from_pretrained(tmp_path / "warmup")
     AutoModelForCausalLM.from_pretrained(tmp_path / "warmup")

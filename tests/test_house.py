@@ -38,7 +38,7 @@ LAYERS = [
     (2, ["transcripts", "episode_file"]),
     (2, ["page", "viewer", "charts"]),
     (2, ["agent_config"]),
-    (2, ["hub"]),
+    (2, ["hub", "cards"]),
     (2, ["checkpoints"]),
     (3, ["_trl"]),
     (3, ["evaluation", "episodes", "expert_data", "plots"]),

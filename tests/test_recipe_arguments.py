@@ -3,6 +3,8 @@
 
 import ast
 import json
+import re
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,9 +14,11 @@ from trl import ModelConfig, SFTConfig
 from trl_agents.recipe import (
     QuestionArguments,
     as_settings,
+    check_positive,
     check_stages,
     machine_settings,
     parse_arguments,
+    run,
     trainer_settings,
 )
 
@@ -159,3 +163,67 @@ def test_test_answers_that_cannot_be_read_are_told_first(tmp_path, name):
     with pytest.raises(ValueError, match="test: 1 of 1 correct answers are no number, 'blue' among them"):
         module.main(*parse(module, config, *files, "--output_dir", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+# -- how a script ends ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Where:
+    output_dir: str = "nowhere"
+
+
+def ends(monkeypatch, folder, main):
+    (folder / "empty.yaml").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["some_recipe.py", "--output_dir", str(folder)])
+    run(main, folder / "empty.yaml", Where)
+
+
+def raises(error):
+    def main(where):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([], "nothing yet to go on from"),
+        (["warmup/stage.json"], "keeps warmup: the same command goes on"),
+        (
+            ["warmup/stage.json", "rl/stage_begun.json", "rl/checkpoint-4/"],
+            "keeps warmup, rl/checkpoint-4: the same",
+        ),
+        (
+            ["warmup/stage.json", "checkpoint-4/"],
+            "keeps warmup, checkpoint-4: .* with --resume_from_checkpoint true",
+        ),
+    ],
+)
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys, made, said):
+    for name in made:
+        path = tmp_path / name / "trainer_state.json" if name.endswith("/") else tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        ends(monkeypatch, tmp_path, raises(KeyboardInterrupt()))
+    assert ended.value.code == 130
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(said, line)
+
+
+def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    for main in (raises(ValueError("n=0:\ngive more")), lambda where: check_positive(where, "n")):
+        where = Where
+        where.n = 0
+        with pytest.raises(SystemExit) as ended:
+            ends(monkeypatch, tmp_path, main)
+        assert ended.value.code == 2
+        assert re.fullmatch(r"some_recipe.py: error: n=0: give more.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("main", [lambda where: int("x"), raises(KeyError("x")), lambda where: json.loads("{")])
+def test_other_exceptions_keep_their_traceback(tmp_path, monkeypatch, main):
+    with pytest.raises((KeyError, ValueError)):
+        ends(monkeypatch, tmp_path, main)

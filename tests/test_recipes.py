@@ -62,6 +62,7 @@ def test_help_names_the_options():
 def test_unknown_environment_is_named(tmp_path):
     result = run("grpo_bandit.py", "--env_id", "trl_agents/Bandt-v0", "--output_dir", tmp_path / "out")
     assert result.returncode != 0
+    assert "Traceback" not in result.stderr
     assert "trl_agents/Bandt-v0" in result.stderr and "trl_agents/Bandit-v0" in result.stderr
     assert not (tmp_path / "out").exists(), "something was written before the error"
 
@@ -74,6 +75,10 @@ def short_run(tmp_path_factory):
     small += ["--num_generations", 2, "--output_dir", output_dir, "--disable_tqdm", "true"]
     result = run("grpo_bandit.py", *small)
     assert result.returncode == 0, result.stderr[-3000:]
+    signs = ["Warming up a small model on 12 episodes", "Playing 6 held-out episodes before", "Training: 2 updates"]
+    places = [result.stdout.index(sign) for sign in [*signs, "Playing 6 held-out episodes after"]]
+    assert places == sorted(places) and "episodes_after.txt" in result.stdout.splitlines()[-1]
+    assert f"Written to {output_dir}: " in result.stdout
     return output_dir
 
 
@@ -109,6 +114,16 @@ def test_the_card_runs_the_agent(short_run):
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.count("Step=19") == 8
+
+
+@pytest.mark.parametrize("name", [".", "warmup"])
+def test_the_cards_say_which_model_they_are_of(short_run, name):
+    """TRL's said "Model Card for None", linked to huggingface.co/None, and asked of a time machine."""
+    folder = (short_run / name).resolve()
+    card = (folder / "README.md").read_text()
+    assert f"# Model Card for {folder.name}\n" in card and "time machine" not in card
+    assert "None" not in card.replace("| `None` |", "")
+    exec(card.split("```python\n")[1].split("for episode")[0].split("```")[0], {})  # loads the model
 
 
 @pytest.mark.slow
@@ -188,8 +203,9 @@ def test_the_card_plays_the_game(short_games):
         (["--self_play", "true"], "opponent=.*'noisy'.* has no effect with self_play"),
         (["--action_pattern", r"ACTION=([1-9])"], "No pattern can produce the legal action '0'"),
         (["--num_transcripts", "0"], "num_transcripts=0: give more than 0"),
+        (["--resume_from_checkpoint", "true"], "holds no whole checkpoint"),
     ],
-    ids=["another game", "the seat", "two opponents", "an unreachable action", "no transcripts"],
+    ids=["another game", "the seat", "two opponents", "an unreachable action", "no transcripts", "no checkpoint"],
 )
 def test_mistakes_in_the_game_are_told_first(tmp_path, arguments, said):
     module = recipe("ppo_tictactoe")

@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import copy
 import functools
+import linecache
 import sys
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from ._trl import GRPOConfig, ModelConfig, TrlParser
+from .checkpoints import NotWritten, find_checkpoint, last_checkpoint
 from .data import as_settings, load_questions
 from .envs.imported import look_here
+from .envs.make import make_env
 from .hub import Token, stage_repository
+from .stages import Stages, announce, what_is_kept
+from .tiny import make_tiny_model
+from .transcripts import plain_rationale
 
 
 # Arguments of trainers that no result depends on
@@ -46,6 +54,49 @@ def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple
     for instance in parsed:
         check_choices(instance)
     return parsed
+
+
+def run(main: Callable[..., None], default_config: str | Path, *dataclass_types: type) -> None:
+    """
+    Run a recipe's script: `main`, with the arguments of [`parse_arguments`]. Ctrl-C and a user's mistake end it with
+    one line on stderr; any other exception keeps its traceback.
+
+    Args:
+        main (`Callable`):
+            What the script does with its arguments.
+        default_config, dataclass_types:
+            As for [`parse_arguments`].
+    """
+    output_dir = None
+    try:
+        parsed = parse_arguments(default_config, *dataclass_types)
+        output_dir = next(each.output_dir for each in parsed if hasattr(each, "output_dir"))
+        main(*parsed)
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            print(f"\nInterrupted. {_how_to_go_on(output_dir)}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, NotWritten) as error:
+        if output_dir is not None and not _is_ours(error, main):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _how_to_go_on(output_dir: str | None) -> str:
+    kept = what_is_kept(output_dir) if output_dir is not None else []
+    if not kept:
+        return "There is nothing yet to go on from: the same command begins anew."
+    resume = " with --resume_from_checkpoint true" if last_checkpoint(output_dir) else ""
+    return f"{str(output_dir)!r} keeps {', '.join(kept)}: the same command{resume} goes on from there."
+
+
+def _is_ours(error: Exception, main: Callable[..., None]) -> bool:
+    """Whether a `raise` of this package or the script made it: what others raise in the middle may be our fault."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    file = frame.f_code.co_filename
+    here = file == main.__code__.co_filename or Path(file).is_relative_to(Path(__file__).parent)
+    return here and linecache.getline(file, line).lstrip().startswith("raise ")
 
 
 def argument(default: Any, text: str, **metadata: Any) -> Any:
@@ -81,6 +132,61 @@ def check_positive(arguments: Any, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value!r}: give more than 0.")
+
+
+def announce_training(training_args: Any) -> None:
+    length = f"{training_args.max_steps} updates"
+    if training_args.max_steps < 0:
+        length = f"{training_args.num_train_epochs} epochs"
+    resumed = training_args.resume_from_checkpoint
+    announce(f"Training: {length}" + (f", from {resumed}" if resumed else ""))
+
+
+def check_resumption(training_args: Any) -> None:
+    """Find the checkpoint to resume from now, for a warm-up that nothing goes on from would be in vain."""
+    training_args.resume_from_checkpoint = find_checkpoint(
+        training_args.resume_from_checkpoint, training_args.output_dir
+    )
+
+
+def warm_up(
+    env_id: str, training_args: Any, n_transcripts: int, *, rationale: Any = plain_rationale, **how: Any
+) -> str:
+    """
+    The model that a recipe starts from where none was named: [`~tiny.make_tiny_model`] as the stage `warmup` of
+    [`Stages`], so that a run that is resumed, or begun again, finds it done.
+
+    Args:
+        env_id (`str`):
+            What it will play, with `env_kwargs` of `training_args`.
+        training_args ([`AgentGRPOConfig`]):
+            Of the recipe's trainer.
+        n_transcripts (`int`):
+            Number of episodes to learn from.
+        rationale (*optional*):
+            As for [`~transcripts.play_transcripts`].
+        **how:
+            Other arguments of [`~tiny.make_tiny_model`].
+
+    Returns:
+        `str`: its folder.
+
+    Raises:
+        `ValueError`: if the folder holds one that was made with other settings.
+    """
+    env_kwargs = training_args.env_kwargs or {}
+    reading = {name: getattr(training_args, name) for name in ("seed", "context", "window")}
+    running = {name: getattr(training_args, name) for name in ("disable_tqdm", "use_cpu", "max_completion_length")}
+    env = functools.partial(make_env, env_id, **env_kwargs)
+    settings = {"n_transcripts": n_transcripts, "rationale": rationale, **reading, **running, **how}
+
+    def make(folder):
+        announce(f"Warming up a small model on {n_transcripts} episodes")
+        make_tiny_model(env, folder, **settings)
+
+    stages = Stages(training_args.output_dir, env=[env_id, env_kwargs], **reading)
+    spoken = {"rationale": getattr(rationale, "__name__", None), "parser": repr(how.get("parser"))}
+    return str(stages.run("warmup", make, n_transcripts=n_transcripts, **spoken))
 
 
 @dataclass
@@ -163,7 +269,8 @@ def stage_arguments(training_args: Any, folder: str | Path, **changes: Any) -> A
     they leave. None writes the token into its folder, which is pushed.
     """
     args = copy.copy(training_args)
-    args.hub_model_id = stage_repository(training_args, folder)
+    if training_args.push_to_hub or training_args.hub_model_id:  # else its card would name what is nowhere
+        args.hub_model_id = stage_repository(training_args, folder)
     args.hub_token = Token(args.hub_token) if args.hub_token else None
     args.push_to_hub = args.push_to_hub and isinstance(args, GRPOConfig)  # ours extend it, and survive
     for name, value in {"output_dir": str(folder), **changes}.items():

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from .evaluation import Interval, markdown_table, summarize
 from .hub import push_folder, stage_repository
 from .plots import plot_accuracy, plot_learning_curve, plot_measures, plot_regret
+from .stages import announce
 from .types import Trajectory
 
 
@@ -67,8 +68,15 @@ def report_stages(
     text, folders = markdown_table(table, "model"), list(folders)
     add_to_cards(folders, f"{title}, mean [95% interval]:\n\n{text}", picture)
     print(text)
+    announce_files(output_dir)
     if push is not None and push.push_to_hub:
         push_stages(folders, push)
+
+
+def announce_files(output_dir: str | Path) -> None:
+    """Tell where everything is: what recipes end with."""
+    names = sorted(path.name + "/" * path.is_dir() for path in Path(output_dir).glob("[!._]*"))
+    announce(f"Written to {output_dir}: {', '.join(names)}")
 
 
 def push_stages(folders: Iterable[str | Path], args: Any) -> None:
@@ -126,6 +134,7 @@ def report_players(
             (output_dir / f"episodes_{player}.txt").write_text(text)
         print(markdown_table(table))
     trainer.create_model_card()
+    announce_files(output_dir)
 
 
 def add_to_cards(folders: Iterable[str | Path], results: str, picture: Path) -> None:

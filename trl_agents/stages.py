@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 
+from .cards import card_name, correct_card
 from .checkpoints import last_checkpoint
 from .lora import StageAdapters
 from .plots import plot_learning_curve
@@ -85,6 +86,7 @@ class Stages:
                 f"{str(folder)!r} holds a stage that was {'begun' if done is None else 'run'} with other settings "
                 f"({told}): use another output_dir, or delete the folder and those of the stages after it."
             )
+        announce(f"Stage {name}" + (", done already" if done is not None else ""))
         if done is None:
             self._stamp(folder / BEGUN, asked)
             make(folder)
@@ -101,6 +103,21 @@ class Stages:
             part.write_text(json.dumps(settings, indent=2))
             part.replace(path)  # whole or not at all
         state.wait_for_everyone()
+
+
+def announce(text: str) -> None:
+    """Tell who watches a recipe what it does now: the main process does, for all."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
+def what_is_kept(output_dir: str | Path) -> list[str]:
+    """What a run that is interrupted can go on from: the stages that are done, and the last checkpoint of others."""
+    output_dir = Path(output_dir)
+    kept = sorted(stamp.parent.name for stamp in output_dir.glob(f"*/{STAMP}"))
+    begun = [stamp.parent for stamp in sorted(output_dir.glob(f"*/{BEGUN}")) if stamp.parent.name not in kept]
+    found = [last_checkpoint(folder) for folder in (*begun, output_dir)]
+    return kept + [str(Path(checkpoint).relative_to(output_dir)) for checkpoint in found if checkpoint]
 
 
 def stage_config(
@@ -179,7 +196,9 @@ def train_and_save(
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder))
     trainer.save_state()
-    trainer.create_model_card()
+    trainer.create_model_card(model_name=card_name(trainer.args))
+    if trainer.is_world_process_zero():
+        correct_card(folder, trainer.args.hub_model_id or str(folder))
     trainer.accelerator.wait_for_everyone()
     if adapters is not None:
         adapters.merge(start, folder)

@@ -114,6 +114,13 @@ class CheckpointedGRPOTrainer(GRPOTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_beside(resume_from_checkpoint)
 
+    def _issue_warnings_after_load(self, load_result):
+        """Of weights that are tied a file holds one: the others, loaded with it, are not missing."""
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for name, weight in weights.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _load_best_model(self):
         with _keeping_dtypes(self.model):
             super()._load_best_model()

@@ -18,6 +18,7 @@ from gymnasium.wrappers.utils import RunningMeanStd
 from .._trl import check_trl
 from ..actions import ActionParser
 from ..agent_config import AGENT_CONFIG_FILE, AgentConfig
+from ..cards import card_name, correct_card
 from ..checkpoints import find_checkpoint
 from ..contexts import make_context
 from ..envs.make import make_env
@@ -262,14 +263,18 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
 
     # -- the card ----------------------------------------------------------------------------------------------------
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, model_name=None, *args, **kwargs) -> None:
         """TRL's model card, with the environment, how to run the agent, `card_results` if set, and some episodes."""
         if not self.may_write():
             return
-        super().create_model_card(*args, **kwargs)
+        super().create_model_card(model_name or card_name(self.args), *args, **kwargs)
         path = Path(self.args.output_dir) / "README.md"
-        if self.plays and self.is_world_process_zero() and path.exists():
+        if not self.is_world_process_zero() or not path.exists():
+            return
+        if self.plays:
             complete_card(self)
+        else:
+            correct_card(path.parent, self.hub_model_id or self.args.hub_model_id or self.args.output_dir)
 
 
 def episode_dataset(seeds) -> Dataset:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..actions import ActionParser
 from ..agent_config import AgentConfig
+from ..cards import correct_card
 from ..contexts import Briefing
 from ..episodes import LoggedEpisode, write_episodes
 from ..plots import plot_learning_curve
@@ -42,7 +43,6 @@ PROGRESS = ("return_mean", "regret_mean", "coverage_mean", "invalid_share")
 CURVE_FILE = "learning_curve.png"
 SAMPLES_FILE = "sample_episodes"  # .txt to read, .jsonl to learn from
 N_SAMPLES = 4
-NO_BASE = " version of [None](https://huggingface.co/None)"  # in TRL's card, of a model that came from a folder
 CRITIC_SETTINGS = ("advantage_level", "gae_lambda", "value_coef", "value_clip", "num_iterations", "kl_in")
 
 
@@ -62,11 +62,12 @@ def complete_card(trainer: AgentGRPOTrainer) -> None:
     write_samples(folder, trainer.latest, trainer.briefing, trainer.env_id, trainer.env_kwargs)
     if (folder / f"{SAMPLES_FILE}.txt").exists():
         results += f"\n\nSome episodes: [to read]({SAMPLES_FILE}.txt), [to learn from]({SAMPLES_FILE}.jsonl)."
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8").replace(NO_BASE, " language model")
-    agent = (trainer.env_name, trainer.agent_config, trainer.args)
-    section = card_section(*agent, results.strip(), trainer.hub_model_id)
-    card.write_text(text + section + base_note(trainer.model), encoding="utf-8")
+    model = trainer.hub_model_id or trainer.args.hub_model_id or trainer.args.output_dir
+    section = card_section(trainer.env_name, trainer.agent_config, trainer.args, model)
+    correct_card(folder, model, section + base_note(trainer.model))
+    if results.strip():
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n## Results\n\n{results.strip()}\n")
 
 
 def progress_table(log_history: Sequence[Mapping[str, Any]]) -> str:
@@ -117,9 +118,9 @@ def base_note(model: Any) -> str:
     )
 
 
-def card_section(env: str, agent: AgentConfig, args: AgentGRPOConfig, results: str, model: str | None = None) -> str:
+def card_section(env: str, agent: AgentConfig, args: AgentGRPOConfig, model: str) -> str:
     """
-    Markdown on the agent: its settings, ten lines that let it play, and what it achieved.
+    Markdown on the agent: its settings, and ten lines that let it play.
 
     Args:
         env (`str`):
@@ -128,12 +129,9 @@ def card_section(env: str, agent: AgentConfig, args: AgentGRPOConfig, results: s
             How it plays.
         args ([`AgentGRPOConfig`]):
             How it was trained.
-        results (`str`):
-            Markdown; empty for none.
-        model (`str`, *optional*):
-            Where the agent is loaded from. Defaults to the repository of `args`, or the output folder.
+        model (`str`):
+            Where the agent is loaded from: a repository or a folder.
     """
-    model = model or args.hub_model_id or args.output_dir
     env, parser = agent.env_id or env, agent.action_parser
     name = f'"{env}"' if agent.env_id else env  # an id, or the class that was given
     arguments, usual = agent.arguments(), AgentConfig().arguments()
@@ -159,8 +157,7 @@ for episode in play_model({call}):
         *((name, f"`{getattr(args, name)}`") for name in names),
     ]
     table = "\n".join(["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in settings)])
-    achieved = f"\n## Results\n\n{results}\n" if results else ""
-    return f"\n## The agent\n\n{table}\n\nLet it play:\n\n```python\n{code}```\n{achieved}"
+    return f"## The agent\n\n{table}\n\nLet it play:\n\n```python\n{code}```\n"
 
 
 def _home(class_: type) -> str:
