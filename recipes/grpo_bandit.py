@@ -51,6 +51,11 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # Find out now what the trainer would refuse after the warm-up, and whether the folder can be written
     adapters, quantization = get_peft_config(model_args), get_quantization_config(model_args)
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
+    if script_args.env_id.startswith("trl_agents/TicTacToe"):  # else it is told of bandits' settings in the YAML
+        raise ValueError(
+            f"env_id={script_args.env_id!r} is no bandit: players are compared by regret, which games do not tell. "
+            "Use ppo_tictactoe.py."
+        )
     check_run(script_args.env_id, training_args, parser, peft_config=adapters)
     check_resumption(training_args)
     output_dir.mkdir(parents=True, exist_ok=True)
