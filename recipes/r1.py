@@ -68,6 +68,10 @@ class ScriptArguments(QuestionArguments):
     num_votes: int = field(default=4, metadata={"help": "Answers sampled per test question."})
 
 
+class NothingKept(ValueError):
+    """Rejection sampling found no answer to learn from."""
+
+
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:
     output_dir = Path(training_args.output_dir)
     settings = script_args.question_settings
@@ -111,6 +115,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             seed=training_args.seed,
             **answering,
         )
+        if len(kept) == 0:
+            raise NothingKept(
+                f"No answer of {script_args.rejection_samples} to each training question was right and well-formed: "
+                "give the RL before it more updates (max_steps) or a better start (cold_rows, cold_epochs), or sample"
+                " more (rejection_samples). The stages before are reported."
+            )
         sft(base, kept, folder, epochs=script_args.rejection_epochs, learning_rate=script_args.sft_learning_rate)
 
     def rl(start, folder):
@@ -137,7 +147,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     begun = {} if model_args.model_name_or_path else {"base": pretraining}
     base = model_args.model_name_or_path or stages.run("base", pretrain, **begun)
     rl_settings = trainer_settings(training_args)
-    folders = {"base": base}
+    folders, failed = {"base": base}, None
     if "zero" in script_args.methods:
         folders["zero"] = stages.run("zero", functools.partial(rl, base), **begun, **rl_settings)
     if "pipeline" in script_args.methods:
@@ -146,8 +156,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         begun |= rl_settings
         folders["rl"] = stages.run("rl", functools.partial(rl, folders["cold_start"]), **begun)
         kept = [script_args.rejection_samples, script_args.rejection_most, script_args.rejection_epochs]
-        folders["rejection"] = stages.run("rejection", functools.partial(rejection, folders["rl"]), **begun, kept=kept)
-        folders["rl_2"] = stages.run("rl_2", functools.partial(rl, folders["rejection"]), **begun, kept=kept)
+        begun |= {"kept": kept}
+        try:
+            folders["rejection"] = stages.run("rejection", functools.partial(rejection, folders["rl"]), **begun)
+            folders["rl_2"] = stages.run("rl_2", functools.partial(rl, folders["rejection"]), **begun)
+        except NothingKept as error:
+            failed = error
     table = {}
     for name, folder in folders.items():
         model, tokenizer = load_model(folder, training_args.device)
@@ -159,6 +173,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     report_stages(
         output_dir, table, f"{len(test)} test questions", folders=cards, label="share of answers", push=training_args
     )
+    if failed is not None:
+        raise failed
 
 
 def check(script_args: ScriptArguments, training_args: AgentGRPOConfig) -> None:

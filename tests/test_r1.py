@@ -194,6 +194,17 @@ def test_all_stages_and_again(tmp_path, monkeypatch):
             module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, *SMALL, *changed))
 
 
+def test_where_no_answer_was_right_the_finished_stages_are_reported(tmp_path, monkeypatch):
+    module = recipe("r1")
+    monkeypatch.setattr(
+        module, "self_training_rows", lambda model, tokenizer, dataset, *args, **kwargs: dataset.select([])
+    )
+    with pytest.raises(ValueError, match="No answer of [0-9]+ to each .* more updates .*rejection_samples"):
+        module.main(*parse(module, module.DEFAULT_CONFIG, "--output_dir", tmp_path, *SMALL, "--methods", "pipeline"))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(metrics["pass@1"]) == ["base", "cold_start", "rl"]
+
+
 def some_reward(completions, **kwargs):
     """What even a model that has learnt nothing earns now and then."""
     return [len(completion) % 7 / 7 for completion in completions]
