@@ -297,11 +297,14 @@ def _parse(script: Path, config: Path, world_size: int, changes: Mapping[str, An
 
 
 def _argument_types(script: Path) -> Sequence[str]:
-    """Names of the dataclasses that a script hands to `parse_arguments`."""
+    """Names of the dataclasses that a script hands to `run` or `parse_arguments` of [`recipe`]."""
+    before = {"run": 2, "parse_arguments": 1}  # arguments of another kind
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse_arguments":
-            return [argument.id for argument in node.args[1:]]
-    raise ValueError(f"{script} does not call `parse_arguments`, as the recipes do: it is none that can be estimated.")
+        if isinstance(node, ast.Call) and (name := getattr(node.func, "id", "")) in before:
+            return [argument.id for argument in node.args[before[name] :]]
+    raise ValueError(
+        f"{script} calls neither `run` nor `parse_arguments`, as the recipes do: it is none that can be estimated."
+    )
 
 
 def _trainer_of(args: Any) -> str:
