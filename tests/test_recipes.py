@@ -266,7 +266,7 @@ SMALL_REFT += [
 METHODS = ["sft", "offline_st", "online_st", "reft", "reft_no_partial", "reft_no_kl", "reft_separate_critic"]
 
 
-@pytest.mark.parametrize("style", ["words", "program"])
+@pytest.mark.parametrize("style", [pytest.param("words", marks=pytest.mark.slow), "program"])
 def test_reft_compares_all_methods(tmp_path, style):
     arguments = ["reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *METHODS]
     result = run(*arguments)
@@ -307,6 +307,7 @@ def last_log(folder):
     return next(log for log in reversed(json.loads(state.read_text())["log_history"]) if "reward" in log)
 
 
+@pytest.mark.slow
 def test_an_interrupted_reft_goes_on_where_it_was(tmp_path):
     """Killed in its last update with a checkpoint of the fourth, after one rollout: those four are not made again."""
     arguments = ["reft.py", "--output_dir", tmp_path, *SMALL_REFT, "--rerank", "false", "--methods", "reft"]
