@@ -41,7 +41,9 @@ def make_trainer(model_dir, tmp_path):
         kwargs = dict(kwargs or {})
         if env is None:
             kwargs.setdefault("reward_funcs", no_reward)
-            kwargs.setdefault("train_dataset", Dataset.from_dict({"prompt": ["Choose.", "paid 3", "noise", "what?"] * 2}))
+            kwargs.setdefault(
+                "train_dataset", Dataset.from_dict({"prompt": ["Choose.", "paid 3", "noise", "what?"] * 2})
+            )
         config = {"num_generations": 1, "whiten_advantages": False, "beta": 0.0, **config}
         args = make_config(tmp_path / "out", AgentPPOConfig, **config)
         trainer = trainer_class(model, env=env, args=args, **kwargs)
