@@ -13,11 +13,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+def let_gloo_go_at_exit():
+    """
+    Gloo's threads that still hold a tensor when Python goes down abort the process ("terminate called without an
+    active exception", pytorch#179291): a moment with the GIL free, and they have let go.
+    """
+    atexit.register(time.sleep, 0.5)
+
+
 def start_on_cpu():
     """accelerate has no DeepSpeed and no FSDP without an accelerator, but takes up what it finds started."""
-    # Gloo's threads that still hold a tensor when Python goes down abort the process ("terminate called without an
-    # active exception", pytorch#179291): a moment with the GIL free, and they have let go
-    atexit.register(time.sleep, 0.5)
+    let_gloo_go_at_exit()
     deepspeed, fsdp = (os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("DEEPSPEED", "FSDP"))
     if not deepspeed and not fsdp:
         return {"use_cpu": True}

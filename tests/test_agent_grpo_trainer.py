@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from launching import let_gloo_go_at_exit
 from packaging.specifiers import SpecifierSet
 from peft import LoraConfig
 from scripted import (
@@ -860,6 +861,7 @@ def test_two_processes_equal_one(model_dir, tmp_path):
 
 
 if __name__ == "__main__":  # one of the two processes
+    let_gloo_go_at_exit()
     folder = Path(sys.argv[2])
     folder.mkdir(exist_ok=True)
     found = run_in_parallel(sys.argv[1], folder, 2)

@@ -27,6 +27,7 @@ import transformers.utils.hub
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, hf_api
+from launching import let_gloo_go_at_exit
 from peft import LoraConfig
 from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -533,4 +534,5 @@ def one_of_two(model, folder):
 
 
 if __name__ == "__main__":
+    let_gloo_go_at_exit()
     one_of_two(*sys.argv[1:])

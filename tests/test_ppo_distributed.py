@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from launching import let_gloo_go_at_exit
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from scripted import Pay, ScriptedBackend, acts, make_config, ready, save_tiny_model
@@ -396,4 +397,5 @@ def test_groups(sharded_model, tmp_path, stage):
 
 
 if __name__ == "__main__":  # one of several processes
+    let_gloo_go_at_exit()
     JOBS[sys.argv[1]](*sys.argv[2:])

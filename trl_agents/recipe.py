@@ -7,12 +7,14 @@ import copy
 import functools
 import linecache
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 
@@ -72,6 +74,7 @@ def run(main: Callable[..., None], default_config: str | Path, *dataclass_types:
         parsed = parse_arguments(default_config, *dataclass_types)
         output_dir = next(each.output_dir for each in parsed if hasattr(each, "output_dir"))
         main(*parsed)
+        _let_gloo_go()
     except KeyboardInterrupt:
         if PartialState().is_main_process:
             print(f"\nInterrupted. {_how_to_go_on(output_dir)}", file=sys.stderr)
@@ -81,6 +84,15 @@ def run(main: Callable[..., None], default_config: str | Path, *dataclass_types:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _let_gloo_go() -> None:
+    """
+    Gloo's threads that still hold a tensor when Python goes down abort the process ("terminate called without an
+    active exception", pytorch#179291), and a run that was at its end counts as failed: a moment, and they let go.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        time.sleep(0.5)
 
 
 def _how_to_go_on(output_dir: str | None) -> str:
