@@ -53,9 +53,9 @@ def environments_fail(model, folder, settings, rank):
 def work_is_gone(model, folder, settings, rank):
     """One process's part of a checkpoint: both play a new rollout, or one would wait for the other's."""
     settings = {**settings, "num_train_seeds": 16, "save_steps": 3, "max_steps": 3}
-    trainer = make("ppo-window", f"{folder}/work", model, **settings)
+    trainer = make("ppo-window", f"{folder}/begun", model, **settings)
     trainer.train()
-    checkpoint = Path(f"{folder}/work/checkpoint-3")
+    checkpoint = Path(f"{folder}/begun/checkpoint-3")
     if rank == 1:
         (checkpoint / WORK_FILE.format(1)).unlink()
     trainer.accelerator.wait_for_everyone()
