@@ -21,13 +21,14 @@ def echo(prompt):
     return f"ACTION={prompt.rpartition('say ')[2][:7]}"
 
 
-def check_nonce(trajectories):
-    """All words came back to where they were said."""
+def check_nonce(trajectories, may_lose=0):
+    """All words came back to where they were said, those of the at most `may_lose` lost episodes too."""
+    assert sum(trajectory.stop.is_fault for trajectory in trajectories) <= may_lose
     for trajectory in trajectories:
-        assert trajectory.stop is StopReason.TERMINATED
         env = Nonce()
         said = env.reset(seed=trajectory.seed)[0]
-        assert len(trajectory.turns) == env.left
+        if not trajectory.stop.is_fault:
+            assert trajectory.stop is StopReason.TERMINATED and len(trajectory.turns) == env.left
         for turn in trajectory.turns:
             assert (turn.observation, turn.parsed.is_valid, turn.reward) == (said, True, 1.0)
             said = env.step(turn.executed)[0]
