@@ -51,6 +51,22 @@ def test_windows_and_lengths_that_vary(benchmark, tmp_path, capsys):
     assert "1-3" in capsys.readouterr().out
 
 
+def test_replies_that_vary(benchmark, tmp_path):
+    options = "--turns 3 --episodes 4 --tokens 24 --contexts window --lengths ragged --systems lockstep ours"
+    ((_, runs),) = run(benchmark, tmp_path, options)["measured"].items()
+    (lockstep,), (ours,) = runs["lockstep"], runs["ours"]
+    assert ours.rows == lockstep.rows  # whoever waits for whom
+    lengths = [len(reply) for row in ours.rows for _, reply in row]
+    assert min(lengths) == 18 and max(lengths) == 30 and abs(sum(lengths) / len(lengths) - 24) < 1.5
+
+
+def test_a_place_that_is_refilled_saves_passes(benchmark, tmp_path):
+    """So much can be won where a pass costs the same for all rows as for some."""
+    options = "--turns 6 --tokens 24 --lengths varied ragged --systems lockstep ours"
+    varied, ragged = (line["passes"] for line in run(benchmark, tmp_path, options)["lines"])
+    assert varied["lockstep"] >= 1.4 * varied["ours"] and ragged["lockstep"] >= 1.6 * ragged["ours"]
+
+
 def test_replies_that_go_on_after_their_action(benchmark, tmp_path):
     result = run(benchmark, tmp_path, "--turns 2 --episodes 2 --tokens 40 --after 20 --systems ours stop")
     ((ours,), (stop,)) = next(iter(result["measured"].values())).values()

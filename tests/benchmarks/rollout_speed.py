@@ -4,6 +4,7 @@ How long do episodes take: TRL's own environment loop, ours, and the floor.
 
     python tests/benchmarks/rollout_speed.py --output_dir rollout_speed
     python tests/benchmarks/rollout_speed.py --contexts chat window --lengths fixed varied --delays 0 10 100
+    python tests/benchmarks/rollout_speed.py --turns 50 --tokens 40 --lengths varied ragged --systems lockstep ours
     python tests/benchmarks/rollout_speed.py --shape 0.6B --device cuda --dtype bfloat16
 
 - `trl`: `GRPOTrainer(environment_factory=...)`, whose loop calls the environment's method as a tool and sends the
@@ -122,6 +123,7 @@ def summarize(bench: Workbench, measured: dict[Case, dict[str, list[Measured]]])
             "all_seconds": {name: [run.seconds for run in runs] for name, runs in by_system.items()},
             "seconds_per_step": {name: value / steps for name, value in seconds.items()},
             "sampled": {name: runs[-1].sampled for name, runs in by_system.items()},
+            "passes": {name: runs[-1].passes for name, runs in by_system.items() if runs[-1].passes},
         }
         if "ours" in seconds:
             line["ratios"] = {f"{name}/ours": seconds[name] / seconds["ours"] for name in seconds if name != "ours"}
@@ -142,9 +144,14 @@ def growth(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {name: last["seconds_per_step"][name] / value for name, value in first["seconds_per_step"].items()}
 
 
-def like(line: dict[str, Any]) -> tuple[str, bool, float]:
+def like(line: dict[str, Any]) -> tuple[str, str, float]:
     """Lines that share it differ in the number of turns only."""
-    return line["context"], line["varied"], line["delay"]
+    return line["context"], length_kind(line), line["delay"]
+
+
+def length_kind(line: dict[str, Any]) -> str:
+    """One of the choices of `--lengths`."""
+    return "ragged" if line["ragged"] else "varied" if line["varied"] else "fixed"
 
 
 # -- showing ----------------------------------------------------------------------------------------------------------
@@ -153,10 +160,11 @@ def like(line: dict[str, Any]) -> tuple[str, bool, float]:
 def print_table(lines: list[dict[str, Any]], grown: dict[str, float]) -> None:
     names = [name for name in LABELS if any(name in line["seconds"] for line in lines)]
     ratios = list(dict.fromkeys(name for line in lines for name in line.get("ratios", ())))
-    head = ["context", "turns", "delay", *(f"{name} s" for name in names), *ratios]
+    head = ["context", "lengths", "turns", "delay", *(f"{name} s" for name in names), *ratios]
     rows = [
         [
             line["context"],
+            length_kind(line),
             f"1-{line['turns']}" if line["varied"] else str(line["turns"]),
             f"{1000 * line['delay']:.0f} ms",
             *(f"{line['seconds'][name]:.2f}" if name in line["seconds"] else "-" for name in names),
@@ -186,7 +194,7 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    kinds = sorted({(line["context"], line["varied"]) for line in lines})
+    kinds = list(dict.fromkeys(like(line)[:2] for line in lines))
     delays = sorted({line["delay"] for line in lines})
     figure, axes = plt.subplots(
         len(kinds),
@@ -198,15 +206,15 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         sharey=True,
     )
     handles = {}
-    for (row, (context, varied)), (column, delay) in itertools.product(enumerate(kinds), enumerate(delays)):
+    for (row, (context, kind)), (column, delay) in itertools.product(enumerate(kinds), enumerate(delays)):
         axis = axes[row][column]
-        chosen = [line for line in lines if like(line) == (context, varied, delay)]
+        chosen = [line for line in lines if like(line) == (context, kind, delay)]
         for name, label in LABELS.items():
             points = [(line["turns"], line["seconds_per_step"][name]) for line in chosen if name in line["seconds"]]
             if points:
                 style = {"linestyle": "--" if name == "floor" else "-", "marker": "o", "color": COLOURS[name]}
                 (handles[label],) = axis.plot(*zip(*points, strict=True), **style)
-        length = "1 to n turns" if varied else "n turns"
+        length = {"fixed": "n turns", "varied": "1 to n turns", "ragged": "1 to n turns, ragged replies"}[kind]
         axis.set_title(f"{context}, {length}, {1000 * delay:.0f} ms", fontsize=10)
         turns = sorted({line["turns"] for line in lines})
         axis.set(xscale="log", yscale="log")
@@ -216,7 +224,7 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         if row == len(kinds) - 1:
-            axis.set_xlabel("turns of an episode, at most" if varied else "turns of an episode")
+            axis.set_xlabel("turns of an episode, at most" if kind != "fixed" else "turns of an episode")
         if column == 0:
             axis.set_ylabel("seconds per step")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
@@ -235,7 +243,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--turns", type=int, nargs="+", default=[5, 10, 25, 50], help="lengths of episodes to time")
     parser.add_argument("--contexts", nargs="+", choices=["chat", "window"], default=["chat"], help="what is read")
     parser.add_argument(
-        "--lengths", nargs="+", choices=["fixed", "varied"], default=["fixed"], help="varied: of 1 to so many turns"
+        "--lengths",
+        nargs="+",
+        choices=["fixed", "varied", "ragged"],
+        default=["fixed"],
+        help="varied: of 1 to so many turns; ragged: with replies from the shortest to as much above --tokens as well",
     )
     parser.add_argument("--delays", type=float, nargs="+", default=[0], help="milliseconds a step of the environment")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), help="what to time")
@@ -260,8 +272,9 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
             episodes=args.episodes,
             tokens=args.tokens,
             context=context,
-            varied=length == "varied",
-            rounds=VARIED_ROUNDS if length == "varied" else 1,
+            varied=length != "fixed",
+            ragged=length == "ragged",
+            rounds=1 if length == "fixed" else VARIED_ROUNDS,
             delay=delay / 1000,
         )
         for context, length, delay, turns in kinds

@@ -46,7 +46,7 @@ class Case:
     """
     One line of the table: `episodes` side by side (`rounds` times as many in all), each of `turns` turns, or of 1 to
     `turns` where `varied`; the environment takes `delay` seconds a step; each reply has `tokens` tokens, the one that
-    ends it included.
+    ends it included, or on average so many where `ragged`.
     """
 
     turns: int
@@ -54,6 +54,7 @@ class Case:
     tokens: int
     context: str = "chat"
     varied: bool = False
+    ragged: bool = False
     rounds: int = 1
     delay: float = 0.0
 
@@ -76,6 +77,7 @@ class Measured:
     sampled: int
     rows: list[list[Any]] = field(default_factory=list)
     attended: int = 0  # tokens that the sampled ones follow, summed over them
+    passes: int = 0  # through the model, for as many rows as there are
 
 
 class TimedBandit:
@@ -157,7 +159,7 @@ class TRLLoop(System):
         )
 
     def can_play(self, case: Case) -> bool:
-        return case.context == "chat" and not case.varied
+        return case.context == "chat" and not case.varied and not case.ragged
 
     def run(self, case: Case) -> Measured:
         trainer = self.trainer
@@ -172,14 +174,29 @@ class TRLLoop(System):
 
 
 class ScriptedBackend(SlotBackend):
-    def __init__(self, bench: Workbench):
+    """Says what the script says, in replies of lengths that depend on the episode alone where they are `ragged`."""
+
+    def __init__(self, bench: Workbench, ragged: bool):
         super().__init__(bench.model, bench.episodes, Sampling((bench.tokenizer.eos_token_id,)))
-        self.script = bench.script
+        self.script, self.ragged = bench.script, ragged
+        self.lengths = torch.full((bench.episodes,), self.script.tokens, device=self.decoder.device)
+        self.passes = 0
+
+    def submit(self, slot: int, prompt_ids: list[int], max_new_tokens: int, rng: np.random.Generator, is_over=None):
+        super().submit(slot, prompt_ids, max_new_tokens, rng, is_over)
+        if self.ragged:
+            self.lengths[slot] = int(rng.integers(self.script.shortest, longest(self.script) + 1))
 
     def _sample(self, logits: torch.Tensor, active: list[int]):
+        self.passes += 1
         slots = [self.slots[index] for index in active]
         positions = torch.tensor([len(slot.ids) - slot.n_prompt for slot in slots], device=logits.device)
-        return super()._sample(self.script.overwrite(logits, positions), active)
+        return super()._sample(self.script.overwrite(logits, positions, self.lengths[active]), active)
+
+
+def longest(script: Script) -> int:
+    """Ragged replies are of the shortest length to this one, all alike often, so that the mean is what it was."""
+    return 2 * script.tokens - script.shortest
 
 
 class LockstepBackend(ScriptedBackend):
@@ -202,6 +219,7 @@ class Ours(System):
         seeds = range(case.episodes * case.rounds)
         try:
             started = time.perf_counter()
+            self.passes = 0
             trajectories = self.play(case, pool, [Episode(seed) for seed in seeds])
             seconds = time.perf_counter() - started
         finally:
@@ -218,14 +236,16 @@ class Ours(System):
                 attended += sum(range(read, read + len(turn.action_ids)))
                 sampled += len(turn.action_ids)
                 read += len(turn.action_ids)
-        return Measured(seconds, sampled, rows, attended)
+        return Measured(seconds, sampled, rows, attended, self.passes)
 
     def play(self, case: Case, pool: EnvPool, episodes: Sequence[Episode], make_backend=ScriptedBackend, **kwargs):
         context = make_context(case.context, self.bench.tokenizer, chat_template_kwargs=TOOLS)
         briefing = Briefing.of(make_bandit(case.turns))
-        rules = Rules(max_new_tokens=case.tokens, action_stop=self.action_stop)
-        player = Player(pool, make_backend(self.bench), context, PARSER, briefing, rules, **kwargs)
-        trajectories, self.clock = player.play(episodes)
+        limit = longest(self.bench.script) if case.ragged else case.tokens
+        rules = Rules(max_new_tokens=limit, action_stop=self.action_stop)
+        backend = make_backend(self.bench, case.ragged)
+        trajectories, self.clock = Player(pool, backend, context, PARSER, briefing, rules, **kwargs).play(episodes)
+        self.passes += backend.passes
         return trajectories
 
 

@@ -154,16 +154,23 @@ class Script:
     """The reply that is always given: some filler words, the call, `after` more of them, the end-of-turn token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, tokens: int, device: str, after: int = 0):
-        call, filler = tokenizer.encode(CALL), tokenizer.encode(FILLER)
-        ids = filler * (tokens - len(call) - 1 - after) + call + filler * after + [tokenizer.eos_token_id]
-        if len(ids) != tokens:
-            raise ValueError(f"--tokens {tokens} is too short a reply: it takes {len(call) + 1 + after} at least.")
+        (filler,) = tokenizer.encode(FILLER)
+        ids = [filler, *tokenizer.encode(CALL), *[filler] * after, tokenizer.eos_token_id]
+        self.tokens, self.shortest = tokens, len(ids) - 1
+        if tokens < self.shortest:
+            raise ValueError(f"--tokens {tokens} is too short a reply: it takes {self.shortest} at least.")
         self.ids = torch.tensor(ids, device=device)
 
-    def overwrite(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """`logits` (b, V), of which only the scripted tokens at `positions` (b,) of the reply are left."""
-        tokens = self.ids[positions % len(self.ids)]
-        return torch.full_like(logits, -math.inf).scatter_(1, tokens[:, None], 0.0)
+    def overwrite(
+        self, logits: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        `logits` (b, V), of which only the scripted tokens at `positions` (b,) are left, of replies that have `lengths`
+        (b,) tokens, or all the same number.
+        """
+        lengths = self.tokens if lengths is None else lengths
+        place = (positions % lengths - lengths + len(self.ids)).clamp(min=0)  # all that comes early is filler
+        return torch.full_like(logits, -math.inf).scatter_(1, self.ids[place][:, None], 0.0)
 
 
 class ScriptedLogits(LogitsProcessor):
