@@ -21,14 +21,13 @@ def echo(prompt):
     return f"ACTION={prompt.rpartition('say ')[2][:7]}"
 
 
-def check_nonce(trajectories, may_lose=0):
-    """All words came back to where they were said, those of the at most `may_lose` lost episodes too."""
-    assert sum(trajectory.stop.is_fault for trajectory in trajectories) <= may_lose
+def check_nonce(trajectories):
+    """All words came back to where they were said."""
     for trajectory in trajectories:
+        assert trajectory.stop is StopReason.TERMINATED
         env = Nonce()
         said = env.reset(seed=trajectory.seed)[0]
-        if not trajectory.stop.is_fault:
-            assert trajectory.stop is StopReason.TERMINATED and len(trajectory.turns) == env.left
+        assert len(trajectory.turns) == env.left
         for turn in trajectory.turns:
             assert (turn.observation, turn.parsed.is_valid, turn.reward) == (said, True, 1.0)
             said = env.step(turn.executed)[0]
@@ -56,11 +55,12 @@ def play_counting(factory, answer, episodes, n_slots=1, timeout=None, processes=
 
 
 def env_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("trl-agents-env")]
+    """Those that run environments. What another test has left behind may end at any moment: subtract it."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("trl-agents-env")}
 
 
 def wait_until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
+        time.sleep(0.005)
     return condition()

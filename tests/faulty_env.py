@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """Environments that fail, made from the standard library alone: processes of their own import this file."""
 
+import collections
 import os
 import random
 import subprocess
@@ -37,15 +38,25 @@ class Nonce:
 
 
 class Moody(Nonce):
-    """Crashes in 5% of its steps and hangs in 2%, whatever its seed: all instances of a process share their moods."""
+    """
+    Crashes in 5% of its steps and hangs in 2%, by the seed and by how often that was begun before, not by which thread
+    comes first: what befalls an episode is the same in each run. A subclass counts for itself with a `begun` of its
+    own.
+    """
 
     delay = 0.0
     hang = 0.5
-    moods, guard = random.Random(0), threading.Lock()
+    salt = "moods"
+    begun, guard = collections.Counter(), threading.Lock()
+
+    def reset(self, *, seed=None, options=None):
+        with self.guard:
+            self.begun[seed] += 1
+            self.moods = random.Random(f"{self.salt} {seed} {self.begun[seed]}")
+        return super().reset(seed=seed)
 
     def step(self, action):
-        with self.guard:
-            mood = self.moods.random()
+        mood = self.moods.random()
         if mood < 0.05:
             raise RuntimeError("bad mood")
         if mood < 0.07:
@@ -55,10 +66,10 @@ class Moody(Nonce):
 
 
 class MoodyAlone(Moody):
-    """Moody in a process of its own, where the shared moods would begin anew, and always with the same crash."""
+    """Moody in a process of its own, where the count would begin anew, and always with the same crash."""
 
     def __init__(self):
-        self.moods = random.Random(os.getpid())
+        self.salt = os.getpid()
 
 
 class Doomed(Nonce):

@@ -75,6 +75,7 @@ def play(
     pool=None,
     timeout=None,
     exploration=None,
+    patience=0.02,
     **rules,
 ):
     backend = Scripted(answer) if callable(answer) else answer
@@ -83,7 +84,8 @@ def play(
     try:
         briefing = Briefing.of(factory()) if own else Briefing("Play.")
         reader = context(tokenizer()) if isinstance(context, type) else context
-        player = Player(pool, backend, reader, parser or ActionParser(), briefing, Rules(**rules), exploration)
+        parser = parser or ActionParser()
+        player = Player(pool, backend, reader, parser, briefing, Rules(**rules), exploration, patience)
         return player.play(episodes)[0]
     finally:
         if own:

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fault_checks import wait_until
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from scripted import ScriptedBackend, make_config, save_tiny_model
@@ -51,8 +52,8 @@ def legal(board):
     return [str(i) for i, mark in enumerate(board) if mark == "0"]
 
 
-def watched(opponent, fail_at=None, seconds=0.0):
-    """Lists the busy slots of each step of the opponent's backend."""
+def watched(opponent, fail_at=None, seconds=0.0, together=1):
+    """Lists the busy slots of each step of the opponent's backend. The first waits until `together` have asked."""
     batches, make = [], opponent._make_backend
 
     def wrap():
@@ -60,6 +61,8 @@ def watched(opponent, fail_at=None, seconds=0.0):
         step = backend.step
 
         def count():
+            if not batches:
+                assert wait_until(lambda: len(opponent._asked) + len(opponent._waiting) >= together)
             batches.append([index for index, slot in enumerate(backend.slots) if slot.active])
             time.sleep(seconds)
             if len(batches) == fail_at:
@@ -154,7 +157,7 @@ def test_replies_come_out_of_rng(opponent, model, tokenizer):
 
 
 def test_questions_share_batches(opponent):
-    batches = watched(opponent)
+    batches = watched(opponent, together=len(BOARDS))
     ask_together(opponent, BOARDS)
     # 8 questions of up to 8 tokens: one after the other they would take about 60 steps
     assert max(map(len, batches)) >= 7 and len(batches) <= 24
@@ -163,7 +166,7 @@ def test_questions_share_batches(opponent):
 
 def test_no_batch_is_larger_than_allowed(model, tokenizer):
     opponent = ModelOpponent(model, tokenizer, GAME, max_new_tokens=4, n_slots=3)
-    batches = watched(opponent)
+    batches = watched(opponent, together=len(BOARDS))
     assert None not in ask_together(opponent, BOARDS)
     assert max(map(len, batches)) == 3
 
@@ -195,7 +198,7 @@ def test_latecomers_join_and_leaders_hand_over(opponent):
 
 def test_errors_reach_everybody_who_waits(model, tokenizer):
     opponent = ModelOpponent(model, tokenizer, GAME, max_new_tokens=8, n_slots=5)  # some are in slots, some queue
-    watched(opponent, fail_at=2)
+    watched(opponent, fail_at=2, together=len(BOARDS))
     answers = ask_together(opponent, BOARDS)
     assert sum(isinstance(answer, RuntimeError) for answer in answers) >= 5
     for error in (answer for answer in answers if isinstance(answer, RuntimeError)):
@@ -250,13 +253,12 @@ def test_games_in_threads(model, tokenizer):
 
 
 def test_weights_change_between_games_only(opponent):
-    watched(opponent, seconds=0.02)
+    batches = watched(opponent, seconds=0.02)
     asking = threading.Thread(
         target=opponent, args=("000000000", legal("000000000"), np.random.default_rng(0)), daemon=True
     )
     asking.start()
-    while not opponent._asked:
-        time.sleep(0.001)
+    assert wait_until(lambda: batches)
     with opponent.changing_weights():
         assert not opponent._asked and not opponent._has_leader
     assert opponent._backend.slots[0].n_cached == 0  # nothing of the old weights is left
