@@ -239,6 +239,11 @@ def prompt_completion(dataset: Dataset, style: str = "words") -> Dataset:
             completion = f"{row.get('rationale') or ''}{ANSWER_TRIGGER}{row['answer']}"
         prompts.append(prompt)
         completions.append(completion)
+    return with_texts(dataset, prompts, completions)
+
+
+def with_texts(dataset: Dataset, prompts: list[str], completions: list[str]) -> Dataset:
+    """`dataset` with these texts in its columns `prompt` and `completion`, in place of any that it has."""
     kept = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
     return kept.add_column("prompt", prompts).add_column("completion", completions)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from .agents import Agent, make_agent, play_episode
 from .contexts import Briefing, make_context
 from .envs.make import make_env
 from .exploration import Exploration, make_exploration
-from .rollout.generation import Sampling, SlotBackend, replay
+from .rollout.generation import Sampling, end_of_reply_ids, make_backend, positions_of
 from .rollout.metrics import coverage, regret
 from .rollout.play import Player
 from .rollout.rules import Episode, Rules
@@ -215,21 +215,15 @@ def play_model(
     probe = factory()
     briefing = Briefing.of(probe)
     probe.close()
-    eos = model.generation_config.eos_token_id
-    eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    sampling = Sampling(tuple(sorted(eos_token_ids)), temperature)
+    eos_token_ids = end_of_reply_ids(model, tokenizer)
     n_slots = max(min(n_slots, len(seeds)), 1)
-    if SlotBackend.unsupported(model) is None:
-        backend = SlotBackend(model, n_slots, sampling)
-    else:
-        backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    rules = Rules(max_new_tokens=max_new_tokens, max_length=positions, action_stop=action_stop)
+    backend = make_backend(model, tokenizer, n_slots, Sampling(tuple(eos_token_ids), temperature))
+    rules = Rules(max_new_tokens=max_new_tokens, max_length=positions_of(model), action_stop=action_stop)
     pool = EnvPool(factory, n_slots)
     training = model.training
     model.eval()
     try:
-        reader = make_context(context, tokenizer, list(eos_token_ids), chat_template_kwargs, window)
+        reader = make_context(context, tokenizer, eos_token_ids, chat_template_kwargs, window)
         player = Player(pool, backend, reader, parser or ActionParser(), briefing, rules, exploration)
         episodes = [Episode(number, (seed,)) for number in seeds]
         return player.play(episodes, progress=progress, description="Model")[0]
@@ -312,6 +306,11 @@ def markdown_table(table: Mapping[str, Mapping[str, Interval]], corner: str = "p
         cells = [str(column[name]) if name in column else "" for column in table.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def plain_table(table: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, dict[str, float]]]:
+    """The summary as JSON can hold it, for `metrics.json`: measure -> player -> `mean`, `low` and `high`."""
+    return {measure: {name: asdict(value) for name, value in row.items()} for measure, row in table.items()}
 
 
 def markdown_games(table: Mapping[str, Mapping[str, Mapping[str, Score]]]) -> str:

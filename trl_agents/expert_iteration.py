@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from accelerate import PartialState
 from .data import as_settings, load_questions, prompt_completion
 from .envs.make import make_env
 from .episodes import LoggedEpisode, best_episodes, log_answers, log_episodes, sample_episodes
-from .evaluation import held_out_seeds, interval, markdown_table, play_agents, summarize
+from .evaluation import held_out_seeds, interval, markdown_table, plain_table, play_agents, summarize
 from .plots import plot_accuracy, plot_regret
 from .questions import answer_questions, evaluate_answers, load_model
 from .recipe import argument, check_positive
@@ -159,8 +159,7 @@ class PlayTask:
         picture = output_dir / ("regret.png" if "regret" in table else "returns.png")
         if not PartialState().is_main_process:
             return
-        metrics = {measure: {player: asdict(value) for player, value in row.items()} for measure, row in table.items()}
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        (output_dir / "metrics.json").write_text(json.dumps(plain_table(table), indent=2))
         title = f"{len(self.seeds)} held-out episodes"
         if "regret" in table:
             plot_regret(self.played, picture, title)

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .actions import ActionParser
 from .contexts import Briefing, make_context
 from .envs.make import make_env
-from .rollout.generation import Backend, Reply, Sampling, SlotBackend, replay
+from .rollout.generation import Backend, Reply, Sampling, end_of_reply_ids, make_backend, positions_of
 
 
 # How long an idle opponent waits for further questions, in seconds: environments that were asked for a step at the
@@ -125,12 +125,11 @@ class ModelOpponent:
         self.n_replies = self.n_invalid = 0
         self._autocast = autocast
 
-        eos = model.generation_config.eos_token_id
-        eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self._sampling = Sampling(tuple(sorted(eos_token_ids)), temperature, top_p, top_k or 0, min_p)
-        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        eos_token_ids = end_of_reply_ids(model, tokenizer)
+        self._sampling = Sampling(tuple(eos_token_ids), temperature, top_p, top_k or 0, min_p)
         # Tokenizers change their own settings while they encode, so no two threads may use one at the same time
-        self._context = make_context(context, copy.deepcopy(tokenizer), list(eos_token_ids), chat_template_kwargs)
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._context = make_context(context, self._tokenizer, eos_token_ids, chat_template_kwargs)
         self._reading = threading.Lock()
         self._read = functools.lru_cache(maxsize=1024)(self._render)  # games share their openings
 
@@ -184,14 +183,12 @@ class ModelOpponent:
         return reader.prompt_ids
 
     def _budget(self, prompt_ids: list[int]) -> int:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.model)
         return self.max_new_tokens if positions is None else min(self.max_new_tokens, positions - len(prompt_ids))
 
     def _make_backend(self) -> Backend:
         with self._autocast():
-            if SlotBackend.unsupported(self.model) is None:
-                return SlotBackend(self.model, self.n_slots, self._sampling)
-        return replay(self.model, self._sampling, self._pad_token_id)
+            return make_backend(self.model, self._tokenizer, self.n_slots, self._sampling)
 
     # -- many threads, one model -------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .rewards.grading import Grading
 from .rollout.answers import answer_prompts
-from .rollout.generation import Sampling, SlotBackend, replay
+from .rollout.generation import Sampling, end_of_reply_ids, make_backend, positions_of
 
 
 def load_model(
@@ -92,25 +92,19 @@ def answer_questions(
     """
     # Of all prompts: or one process would raise, and the others wait
     all_ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(model)
     longest = max(map(len, all_ids), default=0)
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"A prompt of {longest} tokens with max_new_tokens={max_new_tokens} is longer than the model's "
             f"{positions} positions. Shorten one of them."
         )
-    eos = model.generation_config.eos_token_id
-    eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    sampling = Sampling(tuple(sorted(eos_token_ids)), temperature)
+    sampling = Sampling(tuple(end_of_reply_ids(model, tokenizer)), temperature)
 
     def answer(own: list[tuple[int, list[int]]]) -> list[list[str]]:
         slots = max(min(n_slots, n * len(own)), 1)
-        if SlotBackend.unsupported(model) is None:
-            backend = SlotBackend(model, slots, sampling)
-        else:
-            backend = replay(model, sampling, tokenizer.pad_token_id or tokenizer.eos_token_id)
         replies = answer_prompts(
-            backend,
+            make_backend(model, tokenizer, slots, sampling),
             [ids for _, ids in own for _ in range(n)],
             max_new_tokens,
             n_slots=slots,

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import with_texts
 from .questions import answer_questions, majority_vote
 from .rewards import Grading, think_answer_format_reward
 
@@ -53,7 +54,7 @@ def r1_prompt_completion(dataset: Dataset) -> Dataset:
     """
     prompts = [r1_prompt(question) for question in dataset["question"]]
     completions = [think_answer(row.get("rationale") or row["answer"], row["answer"]) for row in dataset]
-    return _with_texts(dataset, prompts, completions)
+    return with_texts(dataset, prompts, completions)
 
 
 def mixed_corpus(dataset: Dataset, tagged: float = 0.3, direct: float = 0.2, seed: int = 0) -> Dataset:
@@ -95,12 +96,7 @@ def mixed_corpus(dataset: Dataset, tagged: float = 0.3, direct: float = 0.2, see
             completion = f" {rationale}\n <answer>{answer}</answer>"
         prompts.append(prompt if rng.random() < 0.5 else prompt.removeprefix(INSTRUCTIONS))
         completions.append(completion)
-    return _with_texts(dataset, prompts, completions)
-
-
-def _with_texts(dataset: Dataset, prompts: list[str], completions: list[str]) -> Dataset:
-    kept = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
-    return kept.add_column("prompt", prompts).add_column("completion", completions)
+    return with_texts(dataset, prompts, completions)
 
 
 @dataclass(frozen=True)

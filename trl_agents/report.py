@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from .evaluation import Interval, markdown_table, summarize
+from .evaluation import Interval, markdown_table, plain_table, summarize
 from .hub import push_folder, stage_repository
 from .plots import plot_accuracy, plot_learning_curve, plot_measures, plot_regret
 from .stages import announce
@@ -61,8 +60,7 @@ def report_stages(
         return
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    metrics = {measure: {stage: asdict(value) for stage, value in row.items()} for measure, row in table.items()}
-    (output_dir / "metrics.json").write_text(json.dumps({**metrics, **(more or {})}, indent=2))
+    (output_dir / "metrics.json").write_text(json.dumps({**plain_table(table), **(more or {})}, indent=2))
     picture = output_dir / ("accuracy.png" if shares else "measures.png")
     (plot_accuracy if shares else plot_measures)(table, picture, title, label)
     text, folders = markdown_table(table, "model"), list(folders)
@@ -123,8 +121,7 @@ def report_players(
     trainer.card_results = f"{n_played} held-out episodes, mean [95% interval]:\n\n{markdown_table(table)}\n\n"
     trainer.card_results += "![Regret by step](regret.png)\n\n![Learning curve](learning_curve.png)"
     if trainer.is_world_process_zero():
-        metrics = {measure: {player: asdict(value) for player, value in row.items()} for measure, row in table.items()}
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+        (output_dir / "metrics.json").write_text(json.dumps(plain_table(table), indent=2))
         plot_regret(played, output_dir / "regret.png", title)
         references = {player: value for player, value in table["regret"].items() if player not in models}
         plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", references=references)

@@ -8,7 +8,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..page import describe_env, write_text
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     common = {name: value for name, value in settings.items() if name not in _FREE}
     unfinished = Unfinished(folder, common, settings["models"])
 
-    from ..evaluation import held_out_seeds, summarize
+    from ..evaluation import held_out_seeds, plain_table, summarize
 
     seeds = held_out_seeds(args.num_episodes)
     played = {}
@@ -97,11 +96,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     write_records(folder / "episodes.jsonl", records)
     write_page(folder / "episodes.html", records, title=f"{title}: {', '.join(played)}")
-    metrics: dict[str, Any] = {
-        measure: {name: asdict(value) for name, value in row.items()} for measure, row in table.items()
-    }
-    metrics["settings"] = settings
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "metrics.json", json.dumps({**plain_table(table), "settings": settings}, indent=2) + "\n")
     picture = _plot(played, table, folder, title)
     unfinished.delete()
     _show(table, f"{title}, {len(seeds)} held-out episodes, mean [95% interval]")

@@ -26,7 +26,7 @@ from ..agents import AGENTS, Agent, RandomAgent, make_agent
 from ..contexts import Briefing, make_context
 from ..evaluation import play_agents, play_model
 from ..exploration import Exploration
-from ..rollout.generation import BatchBackend, Reply
+from ..rollout.generation import BatchBackend, Reply, end_of_reply_ids, positions_of
 from ..rollout.play import Player as Rollout
 from ..rollout.rules import Episode, Rules
 from ..rollout.workers import EnvPool
@@ -72,9 +72,8 @@ class ModelPlayer:
         self.parser = parser or ActionParser()
         self.reading = {"context": context, "window": window, "chat_template_kwargs": chat_template_kwargs}
         self.n_slots, self.seed = n_slots, seed
-        eos = model.generation_config.eos_token_id
-        eos_token_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        self.context = make_context(context, tokenizer, sorted(eos_token_ids), chat_template_kwargs, window)
+        eos_token_ids = end_of_reply_ids(model, tokenizer)
+        self.context = make_context(context, tokenizer, eos_token_ids, chat_template_kwargs, window)
         self.scorer: TreeScorer | None = None
 
     @property
@@ -123,7 +122,7 @@ class ModelPlayer:
         if self.scorer is None:
             self.scorer = TreeScorer(self.model)
         continuations = [self._continuation(self.parser.format(action)) for action in history.legal_actions]
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.model)
         room = None if positions is None else positions - max(map(len, continuations))
         prompts = read_all(self.context, self.parser, history.repeated(n_repetitions))[len(history.transitions) :]
         prompts = list(itertools.takewhile(lambda prompt: room is None or len(prompt) <= room, prompts))

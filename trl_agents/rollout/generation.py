@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -325,6 +325,25 @@ def replay(model: PreTrainedModel, sampling: Sampling, pad_token_id: int) -> Bat
         return output[:, width:].tolist()
 
     return BatchBackend(generate)
+
+
+def make_backend(model: PreTrainedModel, tokenizer: Any, n_slots: int, sampling: Sampling) -> Backend:
+    """The backend for a transformers model: [`SlotBackend`] where that can decode with it, else [`replay`]."""
+    if SlotBackend.unsupported(model) is None:
+        return SlotBackend(model, n_slots, sampling)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return replay(model, sampling, pad_token_id)
+
+
+def end_of_reply_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """The tokens that end a reply: the tokenizer's own, and those that the model's generation config names."""
+    named = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can read; None where it has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _common_prefix_length(left: list[int], right: list[int]) -> int:

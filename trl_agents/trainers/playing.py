@@ -16,7 +16,7 @@ from ..actions import ActionParser
 from ..contexts import Briefing
 from ..envs.make import make_env
 from ..exploration import Mechanism
-from ..rollout.generation import Backend, Sampling, SlotBackend, replay
+from ..rollout.generation import Backend, Sampling, SlotBackend, positions_of, replay
 from ..rollout.play import Clock, Episode, Player, Rules
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
@@ -145,8 +145,7 @@ class PlayingGRPOTrainer(RolloutGRPOTrainer):
         return replay(model, sampling, self.text_tokenizer.pad_token_id)
 
     def _rules(self, model: Any) -> Rules:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [positions, self.args.max_episode_length, self.args.vllm_max_model_length]
+        limits = [positions_of(model), self.args.max_episode_length, self.args.vllm_max_model_length]
         limits = [limit for limit in limits if limit is not None]
         return Rules(
             max_new_tokens=self.args.max_completion_length,
