@@ -45,7 +45,7 @@ LAYERS = [
     (3, ["questions", "preference_eval", "r1"]),
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),
-    (4, ["tiny", "stages", "sft", "reward_model", "recipe", "rlhf", "expert_iteration", "lora", "report"]),
+    (4, ["tiny", "stages", "sft", "reward_model", "script", "recipe", "rlhf", "expert_iteration", "lora", "report"]),
     (4, ["diagnostics"]),
     (4, ["estimate"]),
     (5, ["cli", "__main__"]),
@@ -188,6 +188,13 @@ def layer_faults(source: str, module: str, is_package: bool = False) -> list[str
 @of_file(PACKAGE_FILES)
 def test_layers(path):
     assert not layer_faults(path.read_text(), module_name(path), path.name == "__init__.py")
+
+
+def test_contributing_shows_the_same_levels():
+    """A line of the table is a level, and what stands between semicolons are neighbours."""
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    shown = [(int(level), re.findall(r"`(\w+)`", units)) for level, row in rows for units in row.split(";")]
+    assert shown == LAYERS
 
 
 @pytest.mark.parametrize(

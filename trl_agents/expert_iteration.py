@@ -21,9 +21,9 @@ from .episodes import LoggedEpisode, best_episodes, log_answers, log_episodes, s
 from .evaluation import held_out_seeds, interval, markdown_table, plain_table, play_agents, summarize
 from .plots import plot_accuracy, plot_regret
 from .questions import answer_questions, evaluate_answers, load_model
-from .recipe import argument, check_positive
 from .report import add_to_cards, push_stages, report_stages
 from .rewards import Grading
+from .script import argument, check_positive
 from .tiny import make_tiny_model, save_tiny_start
 
 

@@ -297,7 +297,7 @@ def _parse(script: Path, config: Path, world_size: int, changes: Mapping[str, An
 
 
 def _argument_types(script: Path) -> Sequence[str]:
-    """Names of the dataclasses that a script hands to `run` or `parse_arguments` of [`recipe`]."""
+    """Names of the dataclasses that a script hands to `run` or `parse_arguments` of [`script`]."""
     before = {"run": 2, "parse_arguments": 1}  # arguments of another kind
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and (name := getattr(node.func, "id", "")) in before:

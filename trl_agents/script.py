@@ -1,0 +1,134 @@
+# Licensed under the Apache License, Version 2.0 (see LICENSE).
+"""How a recipe's script begins and ends: its arguments from YAML and command line, what Ctrl-C and mistakes say."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import linecache
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from ._trl import TrlParser
+from .checkpoints import NotWritten, last_checkpoint
+from .envs.imported import look_here
+from .stages import what_is_kept
+
+
+def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple[Any, ...]:
+    """
+    A script's arguments, from `--config` and the command line. Without `--config` it is `default_config`, so that a
+    recipe runs without any. What they name, such as `--env_id my_module:MyEnvironment`, may be in the current folder.
+
+    Args:
+        default_config (`str` or `Path`):
+            YAML file.
+        *dataclass_types (`type`):
+            What the arguments become, as for [`~trl.TrlParser`]: one instance each is returned.
+    """
+    look_here()
+    arguments = []
+    for argument in sys.argv[1:]:  # TRL's parser knows no `--config=FILE`
+        arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    if "--config" not in arguments:
+        arguments += ["--config", str(default_config)]
+    parsed = tuple(TrlParser(dataclass_types).parse_args_and_config(arguments))
+    for instance in parsed:
+        check_choices(instance)
+    return parsed
+
+
+def run(main: Callable[..., None], default_config: str | Path, *dataclass_types: type) -> None:
+    """
+    Run a recipe's script: `main`, with the arguments of [`parse_arguments`]. Ctrl-C and a user's mistake end it with
+    one line on stderr; any other exception keeps its traceback.
+
+    Args:
+        main (`Callable`):
+            What the script does with its arguments.
+        default_config, dataclass_types:
+            As for [`parse_arguments`].
+    """
+    output_dir = None
+    try:
+        parsed = parse_arguments(default_config, *dataclass_types)
+        output_dir = next(each.output_dir for each in parsed if hasattr(each, "output_dir"))
+        main(*parsed)
+        _let_gloo_go()
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            print(f"\nInterrupted. {_how_to_go_on(output_dir)}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, NotWritten) as error:
+        if output_dir is not None and not _is_ours(error, main):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _let_gloo_go() -> None:
+    """
+    Gloo's threads that still hold a tensor when Python goes down abort the process ("terminate called without an
+    active exception", pytorch#179291), and a run that was at its end counts as failed: a moment, and they let go.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        time.sleep(0.5)
+
+
+def _how_to_go_on(output_dir: str | None) -> str:
+    kept = what_is_kept(output_dir) if output_dir is not None else []
+    if not kept:
+        return "There is nothing yet to go on from: the same command begins anew."
+    resume = " with --resume_from_checkpoint true" if last_checkpoint(output_dir) else ""
+    return f"{str(output_dir)!r} keeps {', '.join(kept)}: the same command{resume} goes on from there."
+
+
+def _is_ours(error: Exception, main: Callable[..., None]) -> bool:
+    """Whether a `raise` of this package or the script made it: what others raise in the middle may be our fault."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    file = frame.f_code.co_filename
+    here = file == main.__code__.co_filename or Path(file).is_relative_to(Path(__file__).parent)
+    return here and linecache.getline(file, line).lstrip().startswith("raise ")
+
+
+def argument(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of arguments, with its help text; a list or dict is copied for each instance."""
+    metadata = {"help": text, **metadata}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=functools.partial(copy.copy, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_choices(arguments: Any) -> None:
+    """
+    Raises `ValueError` for what is none of a field's choices. The parser holds the command line to them, but not a
+    YAML, whose values it takes for defaults.
+    """
+    for each in fields(arguments):
+        value, choices = getattr(arguments, each.name), each.metadata.get("choices")
+        if isinstance(value, str) and isinstance(default_of(each), list):
+            raise ValueError(f"{each.name}={value!r}: give a list, [{value}].")
+        if choices is None or value is None:
+            continue
+        if unknown := [one for one in (value if isinstance(value, list) else [value]) if one not in choices]:
+            raise ValueError(f"{each.name}={value!r}: {unknown[0]!r} is unknown, choose from {', '.join(choices)}.")
+
+
+def default_of(each: Field) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()
+
+
+def check_positive(arguments: Any, *names: str) -> None:
+    """Raises `ValueError` for what is not above 0 where it must be; None is for the recipe to fill in."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value!r}: give more than 0.")
