@@ -14,7 +14,7 @@ says what to expect.
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -23,8 +23,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import Agent, make_agent
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
+from trl_agents.recipe import announce_training, check_resumption, load_as, warm_up
 from trl_agents.report import report_players
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import announce
 
 
@@ -36,12 +37,8 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "contextual_bandit_tiny.yam
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    num_eval_episodes: int = field(
-        default=256, metadata={"help": "Held-out episodes that are played before and after training."}
-    )
-    num_transcripts: int = field(
-        default=1000, metadata={"help": "Episodes of the random player that warm up the small model."}
-    )
+    num_eval_episodes: int = argument(256, "Held-out episodes that are played before and after training.")
+    num_transcripts: int = argument(1000, "Episodes of the random player that warm up the small model.")
 
 
 class FixedAgent(Agent):

@@ -11,7 +11,7 @@ Without --config it runs recipes/configs/dpo_tiny.yaml; without --model_name_or_
 learns from nothing. A stage that is done is not trained again. recipes/README.md says what to expect.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -19,9 +19,10 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, get_peft_config, get_quantiz
 
 from trl_agents.lora import StageAdapters
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_positive, check_stages, run, stage_arguments, trainer_settings
+from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import train_and_save
 
 
@@ -32,7 +33,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "dpo_tiny.yaml"
 class ScriptArguments(PreferenceArguments):
     """Arguments of the recipe."""
 
-    max_new_tokens: int = field(default=64, metadata={"help": "Token budget of the replies that are evaluated."})
+    max_new_tokens: int = argument(64, "Token budget of the replies that are evaluated.")
 
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:

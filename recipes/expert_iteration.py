@@ -22,14 +22,8 @@ from trl_agents.episodes import read_episodes, training_rows, write_episodes
 from trl_agents.expert_iteration import IterationArguments
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
-from trl_agents.recipe import (
-    argument,
-    check_positive,
-    check_stages,
-    run,
-    stage_arguments,
-    trainer_settings,
-)
+from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
+from trl_agents.script import argument, check_positive, run
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, train_and_save
 

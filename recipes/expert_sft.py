@@ -24,23 +24,17 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import make_agent
+from trl_agents.data import as_settings
 from trl_agents.diagnostics.greediness import suffix_failure
 from trl_agents.episodes import sample_episodes
-from trl_agents.evaluation import held_out_seeds, interval, play_agents, summarize
+from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.expert_data import FORMS, agreement, expert_dataset, expert_seeds
 from trl_agents.experts import Expert, make_expert
 from trl_agents.plots import plot_regret
 from trl_agents.questions import load_model
-from trl_agents.recipe import (
-    argument,
-    as_settings,
-    check_positive,
-    check_stages,
-    run,
-    stage_arguments,
-    trainer_settings,
-)
+from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import Stages, stage_config, train_and_save
 from trl_agents.tiny import save_tiny_start
 
@@ -96,7 +90,6 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             kwargs.setdefault("reasoning", form == "thought")
     for player in args.players:
         make_agent(player)
-    agreement_with_expert = functools.partial(agreement, expert=expert)
     tell = functools.partial(expert_dataset, args.env_id, expert, parser=parser)
     for form in args.forms:  # what would fail after minutes of training is found now
         tell(form, seeds=expert_seeds(1), env_kwargs=env_kwargs[form], **reading)
@@ -161,17 +154,11 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     played = play_agents(args.env_id, players, seeds, env_kwargs=env_kwargs[args.forms[0]])
     for name, folder in folders.items():
         own = {"env_kwargs": env_kwargs[form_of[name]], "max_new_tokens": budget[form_of[name]], **reading}
-        own["temperature"] = training_args.temperature
-        if training_args.eval_temperature is not None:
-            own["temperature"] = training_args.eval_temperature
+        own["temperature"] = training_args.evaluation_temperature
         model = load_model(folder, training_args.device, dtype=model_args.dtype or "auto", **loading)
         played[name] = sample_episodes(*model, args.env_id, seeds, parser=parser, **own)
-    table = summarize(played)
-    for measure, of in {"suffix_failure": suffix_failure, "agreement": agreement_with_expert}.items():
-        for name, own in played.items():
-            values = [of(episode) for episode in own if not episode.stop.is_fault]
-            if any(value is not None for value in values):
-                table.setdefault(measure, {})[name] = interval([value for value in values if value is not None])
+    more = {"suffix_failure": suffix_failure, "agreement": functools.partial(agreement, expert=expert)}
+    table = summarize(played, more)
     if PartialState().is_main_process:
         if "regret" in table:
             plot_regret(played, output_dir / "regret.png", f"{len(seeds)} held-out episodes")

@@ -24,15 +24,9 @@ from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
-from trl_agents.recipe import (
-    argument,
-    check_positive,
-    check_stages,
-    run,
-    stage_arguments,
-    trainer_settings,
-)
+from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import make_tiny_model
 
@@ -72,9 +66,6 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         arguments[name] = stage_arguments(training_args, folder, exploration=exploration)
         check_run(script_args.env_id, arguments[name], **adapters.trainer)
     loading = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
-    temperature = training_args.temperature
-    if training_args.eval_temperature is not None:
-        temperature = training_args.eval_temperature
     env_kwargs = training_args.env_kwargs or {}
     reading = {"context": training_args.context, "window": training_args.window}
 
@@ -114,7 +105,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             env_kwargs=env_kwargs,
             exploration=exploration,
             max_new_tokens=training_args.max_completion_length,
-            temperature=temperature,
+            temperature=training_args.evaluation_temperature,
             chat_template_kwargs=training_args.chat_template_kwargs,
             progress=not training_args.disable_tqdm,
             **reading,

@@ -10,7 +10,7 @@ Without --config it runs recipes/configs/grpo_bandit_tiny.yaml; without --model_
 warms it up on a random player's episodes. recipes/README.md says what to expect.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -18,8 +18,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, check_run
 from trl_agents.evaluation import held_out_seeds, play_agents
-from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
+from trl_agents.recipe import announce_training, check_resumption, load_as, warm_up
 from trl_agents.report import report_players
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import announce
 
 
@@ -31,18 +32,12 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env_id: str = field(
-        default="trl_agents/Bandit-v0", metadata={"help": "Id of the bandit environment, or MODULE:CLASS."}
+    env_id: str = argument("trl_agents/Bandit-v0", "Id of the bandit environment, or MODULE:CLASS.")
+    action_pattern: str | None = argument(
+        None, "Regular expression with one group that finds the action. Default: ACTION=X."
     )
-    action_pattern: str | None = field(
-        default=None, metadata={"help": "Regular expression with one group that finds the action. Default: ACTION=X."}
-    )
-    num_eval_episodes: int = field(
-        default=256, metadata={"help": "Held-out episodes that are played before and after training."}
-    )
-    num_transcripts: int = field(
-        default=1000, metadata={"help": "Episodes of the random player that warm up the small model."}
-    )
+    num_eval_episodes: int = argument(256, "Held-out episodes that are played before and after training.")
+    num_transcripts: int = argument(1000, "Episodes of the random player that warm up the small model.")
 
 
 def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_args: ModelConfig) -> None:

@@ -10,8 +10,7 @@ and warms it up on a random player's games. recipes/README.md says what to expec
 """
 
 import functools
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -20,17 +19,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentPPOConfig, AgentPPOTrainer, OpponentPool, check_run, make_env
 from trl_agents.agents import RandomAgent
 from trl_agents.envs.tictactoe import TicTacToe
-from trl_agents.evaluation import (
-    held_out_seeds,
-    markdown_games,
-    play_agents,
-    play_opponents,
-    summarize,
-    summarize_games,
-)
-from trl_agents.plots import draw_game, plot_learning_curve, plot_outcomes, plot_returns
-from trl_agents.recipe import announce_training, check_positive, check_resumption, load_as, run, warm_up
-from trl_agents.report import announce_files
+from trl_agents.evaluation import held_out_seeds, play_agents, play_opponents, summarize
+from trl_agents.recipe import announce_training, check_resumption, load_as, warm_up
+from trl_agents.report import report_games
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import announce
 from trl_agents.transcripts import board_rationale
 
@@ -44,25 +36,18 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "ppo_tictactoe_tiny.yaml"
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env_id: str = field(default="trl_agents/TicTacToe-v0", metadata={"help": "Id of the game."})
-    action_pattern: str | None = field(
-        default=None, metadata={"help": "Regular expression with one group that finds the action. Default: ACTION=X."}
+    env_id: str = argument("trl_agents/TicTacToe-v0", "Id of the game.")
+    action_pattern: str | None = argument(
+        None, "Regular expression with one group that finds the action. Default: ACTION=X."
     )
-    num_eval_episodes: int = field(
-        default=400, metadata={"help": "Held-out games against each opponent, before and after training."}
-    )
-    num_transcripts: int = field(
-        default=8000, metadata={"help": "Games of the random player that warm up the small model."}
-    )
-    rationale: str = field(
-        default="board",
-        metadata={"help": "What the random player writes before its moves.", "choices": list(RATIONALES)},
-    )
-    self_play: bool = field(default=False, metadata={"help": "Train against earlier versions of the policy itself."})
-    pool_size: int = field(default=8, metadata={"help": "With self_play, how many earlier versions are kept."})
-    pool_every: int = field(default=10, metadata={"help": "With self_play, updates between two of them."})
-    pool_latest: float = field(default=0.5, metadata={"help": "With self_play, how often the latest is met."})
-    pool_random: float = field(default=0.0, metadata={"help": "With self_play, share of its moves made at random."})
+    num_eval_episodes: int = argument(400, "Held-out games against each opponent, before and after training.")
+    num_transcripts: int = argument(8000, "Games of the random player that warm up the small model.")
+    rationale: str = argument("board", "What the random player writes before its moves.", choices=list(RATIONALES))
+    self_play: bool = argument(False, "Train against earlier versions of the policy itself.")
+    pool_size: int = argument(8, "With self_play, how many earlier versions are kept.")
+    pool_every: int = argument(10, "With self_play, updates between two of them.")
+    pool_latest: float = argument(0.5, "With self_play, how often the latest is met.")
+    pool_random: float = argument(0.0, "With self_play, share of its moves made at random.")
 
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
@@ -128,28 +113,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     played["optimal"] = meet_all(lambda env: play_agents(env, ["minimax"], seeds)["minimax"])
     trainer.close_environments()
 
-    returns = summarize_games(played)
-    invalid_rate = summarize({player: sum(games.values(), []) for player, games in played.items()})["invalid_rate"]
-    results = markdown_games(returns)
-    trainer.card_results = f"Returns in {len(seeds)} held-out games an opponent, mean [95% interval]:\n\n{results}\n\n"
-    trainer.card_results += "![Returns](returns.png)\n\n![Outcomes](outcomes.png)\n\n![Learning](learning_curve.png)"
-    if trainer.is_world_process_zero():
-        metrics = {"returns": returns, "invalid_rate": invalid_rate}
-        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, default=asdict))
-        plot_returns(returns, output_dir / "returns.png")
-        plot_outcomes(returns, output_dir / "outcomes.png")
-        curve = {"metric": "agents/return_mean", "label": "return per episode"}
-        if not pool:  # scripted players against the opponents of training
-            own = play_agents(env_id, ("random", "minimax"), seeds, env_kwargs=env_kwargs)
-            curve["references"] = summarize(own)["return"]
-        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", **curve)
-        for player in ("before", "after"):
-            samples = [(name, one) for name, games in played[player].items() for one in games[:4]]
-            drawn = "\n\n".join(f"Against {name}\n{draw_game(one)}" for name, one in samples)
-            (output_dir / f"games_{player}.txt").write_text(drawn)
-        print(results, f"Invalid replies: {invalid_rate['before']} before, {invalid_rate['after']} after.", sep="\n\n")
-    trainer.create_model_card()
-    announce_files(output_dir)
+    references = None
+    if not pool:  # scripted players against the opponents of training
+        references = summarize(play_agents(env_id, ("random", "minimax"), seeds, env_kwargs=env_kwargs))["return"]
+    report_games(trainer, played, f"{len(seeds)} held-out games an opponent", references=references)
     if training_args.push_to_hub:
         trainer.push_to_hub()
 

@@ -12,28 +12,21 @@ corpus of solutions in many forms. A stage that is done is not trained again. re
 """
 
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run
-from trl_agents.evaluation import interval
+from trl_agents.evaluation import table_of
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model, self_training_rows
 from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
-from trl_agents.recipe import (
-    QuestionArguments,
-    check_positive,
-    check_stages,
-    machine_settings,
-    run,
-    stage_arguments,
-    trainer_settings,
-)
+from trl_agents.recipe import QuestionArguments, check_stages, machine_settings, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rewards import Grading, think_answer_format_reward
+from trl_agents.script import argument, check_positive, run
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import tiny_model, tiny_tokenizer
@@ -47,25 +40,23 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "r1_tiny.yaml"
 class ScriptArguments(QuestionArguments):
     """Arguments of the recipe."""
 
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS),
-        metadata={
-            "help": "zero: RL from the base model. pipeline: cold start, RL, rejection sampling, RL.",
-            "choices": list(METHODS),
-        },
+    methods: list[str] = argument(
+        list(METHODS),
+        "zero: RL from the base model. pipeline: cold start, RL, rejection sampling, RL.",
+        choices=list(METHODS),
     )
-    base_epochs: float = field(default=3, metadata={"help": "Epochs of a new model's pre-training."})
-    base_learning_rate: float = field(default=3e-3, metadata={"help": "Learning rate of a new model's pre-training."})
-    base_tagged: float = field(default=0.3, metadata={"help": "Share of its documents in R1's form."})
-    base_direct: float = field(default=0.2, metadata={"help": "Share of its documents without a solution."})
-    sft_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of supervised stages."})
-    sft_batch_size: int = field(default=32, metadata={"help": "Rows a supervised step, over all processes."})
-    cold_rows: int = field(default=1000, metadata={"help": "Cold start: number of solutions."})
-    cold_epochs: float = field(default=2, metadata={"help": "Cold start: epochs."})
-    rejection_samples: int = field(default=4, metadata={"help": "Rejection sampling: answers sampled per question."})
-    rejection_most: int = field(default=2, metadata={"help": "Rejection sampling: most right ones kept per question."})
-    rejection_epochs: float = field(default=2, metadata={"help": "Rejection sampling: epochs, from the base model."})
-    num_votes: int = field(default=4, metadata={"help": "Answers sampled per test question."})
+    base_epochs: float = argument(3, "Epochs of a new model's pre-training.")
+    base_learning_rate: float = argument(3e-3, "Learning rate of a new model's pre-training.")
+    base_tagged: float = argument(0.3, "Share of its documents in R1's form.")
+    base_direct: float = argument(0.2, "Share of its documents without a solution.")
+    sft_learning_rate: float = argument(1e-5, "Learning rate of supervised stages.")
+    sft_batch_size: int = argument(32, "Rows a supervised step, over all processes.")
+    cold_rows: int = argument(1000, "Cold start: number of solutions.")
+    cold_epochs: float = argument(2, "Cold start: epochs.")
+    rejection_samples: int = argument(4, "Rejection sampling: answers sampled per question.")
+    rejection_most: int = argument(2, "Rejection sampling: most right ones kept per question.")
+    rejection_epochs: float = argument(2, "Rejection sampling: epochs, from the base model.")
+    num_votes: int = argument(4, "Answers sampled per test question.")
 
 
 class NothingKept(ValueError):
@@ -162,17 +153,14 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             folders["rl_2"] = stages.run("rl_2", functools.partial(rl, folders["rejection"]), **begun)
         except NothingKept as error:
             failed = error
-    table = {}
+    measured = {}
     for name, folder in folders.items():
-        model, tokenizer = load_model(folder, training_args.device)
-        measured = evaluate_r1(model, tokenizer, test, grading, n=script_args.num_votes, **answering)
-        for measure, values in measured.items():
-            table.setdefault(measure, {})[name] = interval(values)
+        model = load_model(folder, training_args.device)
+        measured[name] = evaluate_r1(*model, test, grading, n=script_args.num_votes, **answering)
     # A model that was given keeps its card
     cards = [folder for folder in folders.values() if folder != model_args.model_name_or_path]
-    report_stages(
-        output_dir, table, f"{len(test)} test questions", folders=cards, label="share of answers", push=training_args
-    )
+    title, label = f"{len(test)} test questions", "share of answers"
+    report_stages(output_dir, table_of(measured), title, folders=cards, label=label, push=training_args)
     if failed is not None:
         raise failed
 

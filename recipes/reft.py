@@ -11,7 +11,7 @@ learns from nothing. A stage that is done is not trained again. recipes/README.m
 """
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import concatenate_datasets
@@ -20,21 +20,14 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer, check_run
 from trl_agents.data import prompt_completion
-from trl_agents.evaluation import interval
+from trl_agents.evaluation import table_of
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
-from trl_agents.recipe import (
-    QuestionArguments,
-    check_positive,
-    check_stages,
-    machine_settings,
-    run,
-    stage_arguments,
-    trainer_settings,
-)
+from trl_agents.recipe import QuestionArguments, check_stages, machine_settings, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.reward_model import fit_reward_model, score_answers
 from trl_agents.rewards import Grading
+from trl_agents.script import argument, check_positive, run
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, train_and_save
 from trl_agents.tiny import save_tiny_start
@@ -55,34 +48,24 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "reft_tiny.yaml"
 class ScriptArguments(QuestionArguments):
     """Arguments of the recipe."""
 
-    style: str = field(
-        default="words", metadata={"help": "Answers in words or as programs.", "choices": ["words", "program"]}
+    style: str = argument("words", "Answers in words or as programs.", choices=["words", "program"])
+    methods: list[str] = argument(["sft", "reft"], "What to compare.", choices=list(METHODS))
+    warmup_epochs: float = argument(2, "Epochs of the supervised warm-up.")
+    sft_epochs: float = argument(40, "Epochs of the supervised baseline.")
+    sft_learning_rate: float = argument(1e-5, "Learning rate of all supervised stages.")
+    sft_batch_size: int = argument(48, "Rows a supervised step, over all processes.")
+    sft_on_prompts: bool = argument(False, "Whether supervised stages learn the questions too, as a new model has to.")
+    st_samples: int = argument(100, "Self-training: answers sampled per question.")
+    st_unique: int = argument(10, "Offline self-training: most right ones kept per question.")
+    st_epochs: float = argument(20, "Offline self-training: epochs, from the first model.")
+    st_rounds: int = argument(10, "Online self-training: rounds of sampling and training.")
+    st_learning_rate: float | None = argument(
+        None, "Online self-training: peak of each round's. Default: sft_learning_rate."
     )
-    methods: list[str] = field(
-        default_factory=lambda: ["sft", "reft"], metadata={"help": "What to compare.", "choices": list(METHODS)}
-    )
-    warmup_epochs: float = field(default=2, metadata={"help": "Epochs of the supervised warm-up."})
-    sft_epochs: float = field(default=40, metadata={"help": "Epochs of the supervised baseline."})
-    sft_learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of all supervised stages."})
-    sft_batch_size: int = field(default=48, metadata={"help": "Rows a supervised step, over all processes."})
-    sft_on_prompts: bool = field(
-        default=False, metadata={"help": "Whether supervised stages learn the questions too, as a new model has to."}
-    )
-    st_samples: int = field(default=100, metadata={"help": "Self-training: answers sampled per question."})
-    st_unique: int = field(default=10, metadata={"help": "Offline self-training: most right ones kept per question."})
-    st_epochs: float = field(default=20, metadata={"help": "Offline self-training: epochs, from the first model."})
-    st_rounds: int = field(default=10, metadata={"help": "Online self-training: rounds of sampling and training."})
-    st_learning_rate: float | None = field(
-        default=None, metadata={"help": "Online self-training: peak of each round's. Default: sft_learning_rate."}
-    )
-    partial_reward: float = field(default=0.1, metadata={"help": "Reward of a wrong number; 0 switches it off."})
-    num_votes: int = field(default=0, metadata={"help": "Also evaluate the majority vote of so many answers."})
-    rerank: bool = field(
-        default=False, metadata={"help": "Also evaluate a reward model's choice among the answers that vote."}
-    )
-    rerank_epochs: float = field(
-        default=3, metadata={"help": "Epochs of the reward model, on answers of the warmed-up model."}
-    )
+    partial_reward: float = argument(0.1, "Reward of a wrong number; 0 switches it off.")
+    num_votes: int = argument(0, "Also evaluate the majority vote of so many answers.")
+    rerank: bool = argument(False, "Also evaluate a reward model's choice among the answers that vote.")
+    rerank_epochs: float = argument(3, "Epochs of the reward model, on answers of the warmed-up model.")
 
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:
@@ -188,22 +171,16 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         **{name: stages.run(name, made[name][0], **made[name][1]) for name in script_args.methods},
     }
 
-    scorer, accuracy = None, {}
+    scorer, correct = None, {}
     if script_args.rerank:
         judge = load_model(judge, training_args.device, AutoModelForSequenceClassification)
         scorer = functools.partial(score_answers, *judge)
     for name, folder in folders.items():
-        correct = evaluate_answers(
-            *load_model(folder, training_args.device),
-            test,
-            grading,
-            n_votes=script_args.num_votes,
-            scorer=scorer,
-            **answering,
-        )
-        for measure, values in correct.items():
-            accuracy.setdefault(measure, {})[name] = interval(values)
-    report_stages(output_dir, accuracy, f"{len(test)} test questions", folders=folders.values(), push=training_args)
+        model = load_model(folder, training_args.device)
+        voting = {"n_votes": script_args.num_votes, "scorer": scorer}
+        correct[name] = evaluate_answers(*model, test, grading, **voting, **answering)
+    title = f"{len(test)} test questions"
+    report_stages(output_dir, table_of(correct), title, folders=folders.values(), push=training_args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ done is not trained again. recipes/README.md says what to expect.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -22,9 +22,10 @@ from trl_agents import AgentPPOConfig, AgentPPOTrainer
 from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
-from trl_agents.recipe import check_positive, check_stages, run, stage_arguments, trainer_settings
+from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.rlhf import begin, evaluate_policies
+from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import train_and_save
 
 
@@ -38,12 +39,8 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "rlhf_tiny.yaml"
 class ScriptArguments(PreferenceArguments):
     """Arguments of the recipe."""
 
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "What to train.", "choices": list(METHODS)}
-    )
-    no_kl_steps: int | None = field(
-        default=None, metadata={"help": "Updates of PPO without the KL. Default: as many as with it."}
-    )
+    methods: list[str] = argument(list(METHODS), "What to train.", choices=list(METHODS))
+    no_kl_steps: int | None = argument(None, "Updates of PPO without the KL. Default: as many as with it.")
 
 
 def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args: ModelConfig) -> None:

@@ -63,13 +63,12 @@ class AgentConfig:
     @classmethod
     def of_training(cls, args: Any, env: str | Callable[..., Any], action_parser: ActionParser) -> AgentConfig:
         """What [`AgentGRPOConfig`] `args` train to play in `env`."""
-        temperature = args.temperature if args.eval_temperature is None else args.eval_temperature
         exploration = args.exploration or ()
         config = cls(
             context=args.context,
             window=args.window if args.context == "window" else None,
             max_completion_length=args.max_completion_length,
-            temperature=temperature,
+            temperature=args.evaluation_temperature,
             action_stop=args.action_stop,
             exploration=(exploration,) if isinstance(exploration, str) else tuple(map(str, exploration)),
             chat_template_kwargs=args.chat_template_kwargs,

@@ -95,6 +95,9 @@ def play_agents(
             Arguments of the environment.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+
+    Returns:
+        `dict[str, list[Trajectory]]`: each player's episodes, in the order of the seeds.
     """
     made = make_env(env, **(env_kwargs or {}))
     try:
@@ -134,6 +137,9 @@ def play_opponents(
             Opponents as the environment calls them.
         env_kwargs (`Mapping`, *optional*):
             The other arguments of the environment.
+
+    Returns:
+        `dict[str, list[Trajectory]]`: the games against each opponent.
     """
     seats = ("random",) if (env_kwargs or {}).get("seat") == "random" else ("first", "second")
     played: dict[str, list[Trajectory]] = {opponent: [] for opponent in opponents}
@@ -232,7 +238,10 @@ def play_model(
         pool.close()
 
 
-def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str, Interval]]:
+def summarize(
+    played: Mapping[str, Sequence[Trajectory]],
+    more: Mapping[str, Callable[[Trajectory], float | None]] | None = None,
+) -> dict[str, dict[str, Interval]]:
     """
     Table of measures: measure -> player -> [`Interval`]. Episodes whose environment failed are left out, measures that
     no episode has too.
@@ -241,9 +250,15 @@ def summarize(played: Mapping[str, Sequence[Trajectory]]) -> dict[str, dict[str,
     had: its regret is smaller than a whole one's, which flatters a player that fails early. To leave it out would
     flatter too, as the episodes that went wrong would be gone. So `shortened` is the share of such episodes, and a
     warning says it aloud: compare regrets, returns and coverage only of players for whom it is 0.
+
+    Args:
+        played (`Mapping[str, Sequence[Trajectory]]`):
+            Episodes of each player.
+        more (`Mapping[str, Callable]`, *optional*):
+            Measures of an episode beside [`MEASURES`], by name; None of an episode that has no such measure.
     """
     table: dict[str, dict[str, Interval]] = {}
-    for measure, of in MEASURES.items():
+    for measure, of in {**MEASURES, **(more or {})}.items():
         for player, trajectories in played.items():
             values = [of(trajectory) for trajectory in trajectories if not trajectory.stop.is_fault]
             values = [value for value in values if value is not None]
@@ -306,6 +321,15 @@ def markdown_table(table: Mapping[str, Mapping[str, Interval]], corner: str = "p
         cells = [str(column[name]) if name in column else "" for column in table.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def table_of(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, dict[str, Interval]]:
+    """model -> measure -> one value a question -> the table that reports take: measure -> model -> [`Interval`]."""
+    measures = dict.fromkeys(measure for own in measured.values() for measure in own)
+    return {
+        measure: {model: interval(own[measure]) for model, own in measured.items() if measure in own}
+        for measure in measures
+    }
 
 
 def plain_table(table: Mapping[str, Mapping[str, Interval]]) -> dict[str, dict[str, dict[str, float]]]:

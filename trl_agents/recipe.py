@@ -18,7 +18,7 @@ from .data import as_settings, load_questions
 from .envs.make import make_env
 from .hub import Token, stage_repository
 from .script import argument, check_positive, default_of
-from .script import parse_arguments as parse_arguments  # for recipes, which import all they share from here
+from .script import parse_arguments as parse_arguments  # where recipes of one's own may have them from
 from .script import run as run
 from .stages import Stages, announce
 from .tiny import make_tiny_model

@@ -6,14 +6,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from .evaluation import Interval, markdown_table, plain_table, summarize
+from .evaluation import Interval, markdown_games, markdown_table, plain_table, summarize, summarize_games
 from .hub import push_folder, stage_repository
-from .plots import plot_accuracy, plot_learning_curve, plot_measures, plot_regret
+from .plots import (
+    draw_game,
+    plot_accuracy,
+    plot_learning_curve,
+    plot_measures,
+    plot_outcomes,
+    plot_regret,
+    plot_returns,
+)
 from .stages import announce
 from .types import Trajectory
 
@@ -130,6 +139,56 @@ def report_players(
             text = "\n\n".join(f"Episode {number}\n{episode}" for number, episode in episodes)
             (output_dir / f"episodes_{player}.txt").write_text(text)
         print(markdown_table(table))
+    trainer.create_model_card()
+    announce_files(output_dir)
+
+
+def report_games(
+    trainer: Any,
+    played: Mapping[str, Mapping[str, Sequence[Trajectory]]],
+    title: str,
+    *,
+    models: Sequence[str] = ("before", "after"),
+    references: Mapping[str, Interval] | None = None,
+    n_games: int = 4,
+) -> None:
+    """
+    Write what players did in the same games of tic-tac-toe against several opponents, and the model card with it, to
+    the trainer's folder; print the table. Every process calls this, the main one writes.
+
+    Args:
+        trainer ([`AgentGRPOTrainer`]):
+            Whose training it was; its card tells the results.
+        played (`Mapping[str, Mapping[str, Sequence[Trajectory]]]`):
+            Player -> opponent -> games.
+        title (`str`):
+            What was played, for the card: "400 held-out games an opponent".
+        models (`Sequence[str]`, *optional*, defaults to `("before", "after")`):
+            Which of the players are models: some of their games are written down, and their invalid replies counted.
+        references (`Mapping[str, Interval]`, *optional*):
+            Mean returns to draw beside the learning curve.
+        n_games (`int`, *optional*, defaults to `4`):
+            How many games of a model against each opponent are written down.
+    """
+    output_dir = Path(trainer.args.output_dir)
+    returns = summarize_games(played)
+    invalid_rate = summarize({player: sum(games.values(), []) for player, games in played.items()})["invalid_rate"]
+    results = markdown_games(returns)
+    trainer.card_results = f"Returns in {title}, mean [95% interval]:\n\n{results}\n\n"
+    trainer.card_results += "![Returns](returns.png)\n\n![Outcomes](outcomes.png)\n\n![Learning](learning_curve.png)"
+    if trainer.is_world_process_zero():
+        metrics = {"returns": returns, "invalid_rate": invalid_rate}
+        (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2, default=asdict))
+        plot_returns(returns, output_dir / "returns.png")
+        plot_outcomes(returns, output_dir / "outcomes.png")
+        curve = {"metric": "agents/return_mean", "label": "return per episode", "references": references}
+        plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", **curve)
+        for player in models:
+            samples = [(name, one) for name, games in played[player].items() for one in games[:n_games]]
+            drawn = "\n\n".join(f"Against {name}\n{draw_game(one)}" for name, one in samples)
+            (output_dir / f"games_{player}.txt").write_text(drawn)
+        invalid = ", ".join(f"{invalid_rate[player]} {player}" for player in models)
+        print(results, f"Invalid replies: {invalid}.", sep="\n\n")
     trainer.create_model_card()
     announce_files(output_dir)
 

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
-from .evaluation import Interval, interval
+from .evaluation import Interval, table_of
 from .lora import StageAdapters
 from .preference_eval import evaluate_replies
 from .preferences import PreferenceArguments, utility_reward
@@ -110,9 +110,9 @@ def evaluate_policies(
         measure -> policy -> [`Interval`].
     """
     rewards = beginning.load_rewards(training_args.device)
-    table: dict[str, dict[str, Interval]] = {}
+    measured = {}
     for name, folder in policies.items():
-        measured = evaluate_replies(
+        measured[name] = evaluate_replies(
             *load_model(folder, training_args.device),
             beginning.test["prompt"][:],
             rewards,
@@ -121,6 +121,4 @@ def evaluate_policies(
             progress=not training_args.disable_tqdm,
             **sampling,
         )
-        for measure, values in measured.items():
-            table.setdefault(measure, {})[name] = interval(values)
-    return table
+    return table_of(measured)

@@ -294,6 +294,11 @@ class AgentGRPOConfig(GRPOConfig):
                 stacklevel=3,
             )
 
+    @property
+    def evaluation_temperature(self) -> float:
+        """At which evaluation episodes are sampled: `eval_temperature`, or that of training where it is not given."""
+        return self.temperature if self.eval_temperature is None else self.eval_temperature
+
     def to_dict(self):
         values = super().to_dict()
         if isinstance(self.exploration, (list, tuple)):
