@@ -3,10 +3,12 @@
 
 import atexit
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -42,9 +44,15 @@ def start_on_cpu():
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """
+    One that nobody listens on. It is below those that systems hand out by themselves, so that no connection of anybody
+    takes it before the processes that it is for have started.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port among a hundred")
 
 
 def launch(config, script, *arguments, timeout=600, **options):

@@ -4,7 +4,6 @@
 import functools
 import json
 import random
-import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from adapted import check_100_episodes, train_two_steps
+from launching import free_port
 
 from trl_agents.envs import make_env
 from trl_agents.envs.adapters import OpenEnvEnvironment
@@ -112,9 +112,7 @@ def make_app(kind):
 def address(request):
     uvicorn = pytest.importorskip("uvicorn", reason="OpenEnv's server is not installed: pip install openenv")
     app = make_app(request.param)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="websockets-sansio")
     )

@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from launching import let_gloo_go_at_exit
+from launching import free_port, let_gloo_go_at_exit
 from packaging.specifiers import SpecifierSet
 from peft import LoraConfig
 from scripted import (
@@ -828,10 +827,7 @@ def run_in_parallel(model_dir, folder, n_processes):
 
 @pytest.mark.filterwarnings("ignore:advantage_estimator", "ignore:1 of")
 def test_two_processes_equal_one(model_dir, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(2):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = os.environ | {name: str(value) for name, value in place.items()} | {"ACCELERATE_USE_CPU": "true"}

@@ -11,7 +11,6 @@ import pickle
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import transformers.utils.hub
 from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants, hf_api
-from launching import let_gloo_go_at_exit
+from launching import free_port, let_gloo_go_at_exit
 from peft import LoraConfig
 from scripted import Pay, ScriptedTrainer, acts, make_config, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -294,10 +293,7 @@ def run_fresh(command, url, home, **environment):
 
 @contextlib.contextmanager
 def nobody_there():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pointed_at(url):
+    with pointed_at(f"http://127.0.0.1:{free_port()}"):
         yield None
 
 
@@ -496,14 +492,11 @@ def test_a_token_copies_but_does_not_pickle():
 @pytest.mark.parametrize("failure", [None, 503, "hang"])
 def test_two_processes(model_dir, tmp_path, failure):
     """The main one pushes, and the other does not wait for what does not come."""
-    with HubServer() as server, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with HubServer() as server:
         server.fail(failure)
         command = [sys.executable, __file__, model_dir, str(tmp_path / "out")]
         with ThreadPoolExecutor(2) as pool:
-            place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
             runs = [
                 pool.submit(run_fresh, command, server.url, tmp_path, RANK=str(rank), LOCAL_RANK=str(rank), **place)
                 for rank in range(2)

@@ -3,7 +3,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from launching import let_gloo_go_at_exit
+from launching import free_port, let_gloo_go_at_exit
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
 from scripted import Pay, ScriptedBackend, acts, make_config, ready, save_tiny_model
@@ -49,10 +48,7 @@ class ScriptedPPOTrainer(AgentPPOTrainer):
 
 def launch(job, *arguments, n_processes=2, timeout=600):
     """Runs `JOBS[job]` of this file in `n_processes` processes that know of each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in range(n_processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n_processes}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
