@@ -47,15 +47,7 @@ class Briefing:
 
 
 class _Context:
-    """
-    Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            Its chat template frames the messages; without one, [`PLAIN_CHAT_TEMPLATE`] does.
-        eos_token_ids (`list[int]`, *optional*):
-            Tokens that end a reply. Defaults to the tokenizer's own.
-        chat_template_kwargs (`dict`, *optional*):
-            Passed on to the chat template (for example `enable_thinking`).
-    """
+    """What both contexts have: a tokenizer, and the messages framed by its chat template."""
 
     appends: bool  # whether later turns only add to what was read
 
@@ -149,6 +141,14 @@ class ChatContext(_Context):
 
     The ids of a turn are the ids of the last one, the sampled ids as they are, and the ids of what the template puts
     between a reply and the next: `old ids + sampled ids + new ids`. One sequence holds the whole episode.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its chat template frames the messages; without one, [`PLAIN_CHAT_TEMPLATE`] does.
+        eos_token_ids (`list[int]`, *optional*):
+            Tokens that end a reply. Defaults to the tokenizer's own.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the chat template (for example `enable_thinking`).
     """
 
     appends = True
@@ -193,6 +193,8 @@ class WindowContext(_Context):
     A line is the environment's `info["transition"]` when it gives one, else `Step=k State=.. Action=.. Reward=..`.
 
     Args:
+        tokenizer, eos_token_ids, chat_template_kwargs:
+            As for [`ChatContext`].
         window (`int`, *optional*):
             C, the number of transitions kept. None keeps all, as the paper's budget of 1,792 tokens does for 50 steps;
             0 keeps only the open step, which is enough where a state says it all.

@@ -32,6 +32,7 @@ NO_RESULT_PREFIXES = ("logging_", "log_level", "save_", "hub_", "dataloader_", "
 
 
 def announce_training(training_args: Any) -> None:
+    """Tell how long a training will be, and from which checkpoint it goes on."""
     length = f"{training_args.max_steps} updates"
     if training_args.max_steps < 0:
         length = f"{training_args.num_train_epochs} epochs"

@@ -123,6 +123,7 @@ def check_choices(arguments: Any) -> None:
 
 
 def default_of(each: Field) -> Any:
+    """The default of a dataclass's field, also where it is made anew for each instance."""
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 

@@ -30,6 +30,7 @@ def breakable(name: str) -> str:
 
 
 def interval(value: Any, form: str = "{:.2f}") -> str:
+    """A mean with its interval, given as a mapping of `mean`, `low` and `high`."""
     if not isinstance(value, Mapping) or not is_number(value.get("mean")):
         return ""
     mean, low, high = value["mean"], value.get("low"), value.get("high")
@@ -38,16 +39,19 @@ def interval(value: Any, form: str = "{:.2f}") -> str:
 
 
 def plain(value: Any, form: str = "{:.2f}") -> str:
+    """A number by itself."""
     return form.format(value) if is_number(value) else ""
 
 
 def pair(value: Any, naive: Any) -> str:
+    """A count, and in brackets what it would be in the naive way."""
     if not is_number(value):
         return ""
     return f"{value:,}" + (f' <span class="range">({naive:,})</span>' if is_number(naive) else "")
 
 
 def of(title: str, label: str, parts: Mapping[str, Any]) -> str:
+    """A title that names its diagnosis `label`, where there are several `parts` to tell apart."""
     return escape(f"{title}: {label}" if len(parts) > 1 else title)
 
 
@@ -57,6 +61,7 @@ def inner(value: Any, name: str) -> Mapping[str, Any]:
 
 
 def pairs(value: Any) -> list[tuple[str, Any]]:
+    """Keys and values of a mapping; none, if it is something else."""
     return list(value.items()) if isinstance(value, Mapping) else []
 
 
@@ -67,8 +72,10 @@ def shares(row: Any) -> dict[str, float]:
 
 
 def setting(value: Any) -> str:
+    """A setting as text: what is text already, or JSON."""
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a finite number (and not a bool)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

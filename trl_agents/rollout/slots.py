@@ -25,6 +25,9 @@ class SlotModel:
             Causal language model that [`SlotModel.unsupported`] has no objection to.
         n_slots (`int`):
             Number of slots.
+        packs (`bool`, *optional*):
+            Whether rows are packed rather than padded, where the model's attention can be exchanged. By default if
+            [`SlotModel.unsupported`] found that it gives the same logits.
     """
 
     # So many tokens of padding in a block cost about as much as one more pass through the model
