@@ -1,6 +1,6 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """
-Programs as answers: what may run, what it returns, and that none of them does harm.
+Programs as answers: what they return, and that none of them does harm. (What may run: test_program_check.py.)
 
 The hostile programs run behind all walls; `TestSecondWall` takes the first wall away, and the last test the filter of
 system calls too. Timeouts are short, and every program is one that would do little if all walls were down.
@@ -12,21 +12,19 @@ import copy
 import math
 import os
 import pickle
-import random
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 from fault_checks import wait_until
+from program_texts import ENDLESS, FINE, solution
 
-from trl_agents.rewards import ProgramRunner, get_program_reward, program_check, program_reward
-from trl_agents.rewards.program_check import MAX_SOURCE
-from trl_agents.rewards.programs import FAILURES, ProgramResult, check_program, program_of
+from trl_agents.rewards import ProgramRunner, get_program_reward
+from trl_agents.rewards.programs import ProgramResult, check_program
 from trl_agents.rewards.sandbox import GRACE_SECONDS, WORKER
 
 
@@ -34,14 +32,6 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="programs run in
 
 TIMEOUT = 0.6
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def solution(body: str) -> str:
-    return "def solution():\n" + textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
-
-
-FINE = solution("return 6 * 7")
-ENDLESS = solution("while True:\n    pass")
 
 
 @pytest.fixture(scope="module")
@@ -175,165 +165,6 @@ def test_sympy_is_there_when_asked_for():
         results = runner.run([solution(program) for program in programs])
     assert [result.value for result in results] == [3.0, 0.25, None, None]
     assert [result.reason for result in results[2:]] == ["not a number", "error: PermissionError"]
-
-
-# -- the first wall ---------------------------------------------------------------------------------------------------
-
-FORBIDDEN = {
-    "import os": "import os",
-    "import math, os": "import os",
-    "import os.path as math": "import os.path",
-    "from os import *": "import os",
-    "from . import x": "import None",
-    "from math import __loader__": "__loader__",
-    "from statistics import sys": "import sys",
-    "from collections import namedtuple": "import namedtuple",
-    "import statistics\nstatistics.sys": ".sys",
-    "__import__('os')": "__import__",
-    "x = __builtins__": "__builtins__",
-    "__name__ = 'x'": "__name__",
-    "def __f(): pass": "__f",
-    "lambda __x: 1": "__x",
-    "f(__x=1)": "__x",
-    "import math as __x": "__x",
-    "open('x')": "open",
-    "eval('1')": "eval",
-    "exec('1')": "exec",
-    "compile('1', '', 'exec')": "compile",
-    "getattr(1, 'real')": "getattr",
-    "setattr": "setattr",
-    "globals()": "globals",
-    "type(1)": "type",
-    "object()": "object",
-    "input()": "input",
-    "exit()": "exit",
-    "quit()": "quit",
-    "breakpoint()": "breakpoint",
-    "BaseException": "BaseException",
-    "raise SystemExit": "SystemExit",
-    "f(eval=eval)": "eval",
-    "().__class__": ".__class__",
-    "x._y": "._y",
-    "().__ｃlass__": ".__class__",  # a full-width c, which Python reads as ASCII
-    "f'{().__class__}'": ".__class__",
-    "'{0.__class__}'.format(1)": ".format",
-    "'{x}'.format_map({})": ".format_map",
-    "int.mro()": ".mro",
-    "x.gi_frame": ".gi_frame",
-    "x.unheard_of": ".unheard_of",
-    "f'{1:{2}}'": "format spec",
-    "f'{1:>9999999999}'": "format spec",
-    "math.sqrt = 1": ".sqrt =",
-    "for math.pi in [3]: pass": ".pi =",
-    "class A: pass": "classdef",
-    "with x: pass": "with",
-    "match x:\n    case int(real=y): pass": "match",
-    "del print": "delete",
-    "def f():\n    global x": "global",
-    "async def f(): pass": "asyncfunctiondef",
-    "try:\n    pass\nexcept* ValueError:\n    pass": "trystar",
-}
-
-
-@pytest.mark.parametrize("source", FORBIDDEN)
-def test_check_forbids(source):
-    assert check_program(source) == f"forbidden: {FORBIDDEN[source]}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "x: int = 1\nx += 2\nassert x == 3, 'no'",
-        "from math import *\nimport math as m, fractions\nm.pi, math.sqrt",
-        "type = 'adult'\nid = 3\ntype, id",
-        "@functools.lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)",
-        "def f():\n    n = 0\n    def g():\n        nonlocal n\n        n += 1\n    yield from [g()]",
-        "f'{x:.2f} {x!r} {x:>10,} {day:%Y-%m-%d}'",
-        "a, *_ = sorted({1: 2}.items(), key=lambda pair: -pair[1])[::-1]",
-        "while (n := n + 1) < 5:\n    if n: continue\n    break\nelse:\n    pass",
-        "'a,b'.split(',')[0].upper().strip().replace('A', 'b')",
-    ],
-)
-def test_check_allows(source):
-    assert check_program(source) is None
-
-
-@pytest.mark.parametrize(
-    ("source", "reasons"),
-    [
-        ("x" * (MAX_SOURCE + 1), {"too long"}),
-        ("def solution(", {"syntax"}),
-        ("x = 1\0", {"syntax"}),
-        ("x = '\ud800'", {"syntax"}),
-        ("1" * 5000, {"syntax"}),  # more digits than `int` reads
-        ("(" * 5000 + ")" * 5000, {"syntax", "too deep"}),
-        ("(" * 150 + ")" * 150, {None, "too deep"}),  # brackets alone make no tree
-        ("[" * 150 + "]" * 150, {"too deep"}),
-        ("-" * 9000 + "1", {"too deep"}),
-        ("not " * 2000 + "1", {"too deep"}),
-        ("1+" * 4000 + "1", {"too deep"}),
-        ("x" + "[0]" * 3000, {"too deep"}),
-        ("x" + ".real" * 1900, {"too deep"}),
-        ("f" + "()" * 4000, {"too deep"}),
-        ("2**" * 3000 + "1", {"too deep"}),
-        ("lambda:" * 1000 + "1", {"too deep"}),
-        ("1 if 1 else " * 800 + "1", {"too deep"}),
-        ("if 1: pass\n" + "elif 1: pass\n" * 700, {"too deep"}),
-        ("".join(" " * i + "if 1:\n" for i in range(99)) + " " * 99 + "pass", {"too deep"}),
-        ("f'{" * 500, {"syntax", "too deep"}),
-    ],
-)
-def test_check_survives(source, reasons):
-    assert check_program(source) in reasons
-
-
-def test_check_is_quiet():
-    """What Python warns of in a model's text is nobody's business, and no syntax error where warnings are errors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert check_program('def solution():\n    return "\\d" if 1 is 1 else 2') is None
-
-
-def test_check_in_threads_leaves_the_warnings_as_they_are():
-    """Each thread puts back the filters that it found: of two at once, the later one those of the earlier."""
-    source, interval = solution("x = 1\n" * 300), sys.getswitchinterval()
-    threads = [threading.Thread(target=lambda: [check_program(source) for _ in range(20)]) for _ in range(4)]
-    with warnings.catch_warnings():
-        before = list(warnings.filters)
-        sys.setswitchinterval(1e-6)
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-        assert warnings.filters == before
-
-
-def test_check_in_a_fork_while_a_thread_checks():
-    with program_check._FILTERS:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if check_program(FINE) is None else 1)
-        deadline = time.monotonic() + 20
-        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
-            time.sleep(0.01)
-    if not ended[0]:
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert ended == (child, 0)
-
-
-def test_check_never_raises():
-    rng = random.Random(0)
-    pieces = 'def solution():\n |return|(|)|[|]|{|}|\'|"""|\\|\n|\n    |\t|__class__|.|:|=|f\'{|\0|é|𝐱|\ud800|1e9|```'
-    pieces = [*pieces.split("|"), "|"]
-    for _ in range(1500):
-        text = "".join(rng.choice(pieces) for _ in range(rng.randint(0, 30)))
-        reason = check_program(text)
-        assert reason is None or reason.partition(":")[0] in FAILURES
-        program_of(text, rng.choice([None, "def solution():\n", text]))
 
 
 # -- hostile programs -------------------------------------------------------------------------------------------------
@@ -745,100 +576,3 @@ def test_forks_and_the_interpreter_s_end():
 def test_runner_refuses(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ProgramRunner(**settings)
-
-
-# -- where the program is ---------------------------------------------------------------------------------------------
-
-HEAD = 'def solution():\n    """How many?\na ) 1 , b ) 2"""\n'
-PROMPT = "Question:\nHow many?\nAnswer reasoning:\n" + HEAD
-BODY = "    x = 2\n\n    result = x\n    return result"
-
-
-@pytest.mark.parametrize(
-    ("completion", "prompt", "expected"),
-    [
-        (HEAD + BODY, None, HEAD + BODY),
-        (BODY, PROMPT, HEAD + BODY),
-        (BODY + "\n\nThe answer is 2.\n", PROMPT, HEAD + BODY),
-        (BODY.lstrip(), PROMPT, HEAD + BODY),  # the first line lost its indentation
-        (BODY.lstrip(), PROMPT + "    ", HEAD + BODY),
-        ("\n" + BODY, PROMPT.rstrip(), HEAD + "\n" + BODY),
-        (BODY + "\n```\nDone.", "```python\n" + PROMPT, HEAD + BODY),
-        (HEAD + BODY, PROMPT, HEAD + BODY),  # begins anew
-        (f"Sure:\n```python\n{HEAD}{BODY}\n```", PROMPT, HEAD + BODY),
-        (f"Sure:\n```python\n{HEAD}{BODY}\n```\nand\n```\nx\n```", None, HEAD + BODY),
-        (f"```py\n{HEAD}{BODY}", None, HEAD + BODY),  # never closed
-        (f"  ```\n{textwrap.indent('def f():' + chr(10) + BODY, '  ')}\n  ```", None, "def f():\n" + BODY),
-        (f"Here it is.\nimport math\nN = 5\n{HEAD}{BODY}\nThat is it.", None, f"import math\nN = 5\n{HEAD}{BODY}"),
-        ("def f():\n    return 1\n# so\ndef solution():\n    return f()\nprint(solution())", None, "-1"),
-        ("def solution():\n    return sum([\n1,\n2\n])", None, "def solution():\n    return sum(["),
-        ("def solution():\n    return sum([\n        1\n])", None, "def solution():\n    return sum([\n        1\n])"),
-        (HEAD.replace("\n", "\r\n") + BODY, None, HEAD + BODY),
-        ("I do not know.", None, ""),
-        ("", PROMPT, HEAD.rstrip()),
-        (BODY, "Question:\nwhat is def solution?\n", ""),
-        (BODY, "def solution():\n    return 1\n", ""),  # an example that is over
-        (BODY, HEAD + BODY + "\n\nQuestion: more?\n" + HEAD, HEAD + BODY),
-        ([{"role": "assistant", "content": HEAD + BODY}], [{"role": "user", "content": PROMPT}], HEAD + BODY),
-        ([{"role": "assistant", "content": BODY}], [{"role": "assistant", "content": PROMPT}], HEAD + BODY),
-        ([{"role": "assistant", "content": None}], None, ""),
-    ],
-)
-def test_program_of(completion, prompt, expected):
-    if expected == "-1":
-        expected = completion.rpartition("\n")[0]
-    program = program_of(completion, prompt)
-    assert program.rstrip() == expected or (not expected and "def" not in program)
-
-
-# -- the reward -------------------------------------------------------------------------------------------------------
-
-
-def test_reward_values(patient):
-    completions = [FINE, solution("return 41"), solution("return 42.009"), solution("return '42'")]
-    completions += [solution("return 'forty-two'"), solution("return 1 / 0"), "I do not know.", ENDLESS[:-4]]
-    reward = get_program_reward(runner=patient)
-    assert reward(completions, ["42"] * 8) == [1.0, 0.1, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert reward([FINE] * 4, ["$42", 42, "#### 42", "unknown"]) == [1.0, 1.0, 1.0, None]
-    assert get_program_reward(partial=0, runner=patient)(completions[:2], ["42"] * 2) == [1.0, 0.0]
-    assert get_program_reward(runner=patient, entry="f")(["def f(): return 3"], [3]) == [1.0]
-
-
-def test_reward_of_continued_and_conversational_completions():
-    messages = [[{"role": "assistant", "content": f"Sure.\n```python\n{FINE}\n```"}]]
-    prompts = [[{"role": "user", "content": "How many?"}]]
-    assert program_reward(messages, ["42"], prompts=prompts, completion_ids=[[1]], trainer_state=None) == [1.0]
-    assert program_reward([BODY], ["2"], prompts=[PROMPT]) == [1.0]
-    assert program_reward([], []) == []
-
-
-def test_reward_of_multiple_choice(patient):
-    bodies = ["return 'c'", "return '\"C\"'", "return 'b'", "return 3", "return None", "return 'c )'"]
-    reward = get_program_reward(runner=patient, multiple_choice=True)
-    assert reward.__name__ == "program_reward_multiple_choice"
-    assert reward([solution(body) for body in bodies], ["c"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert reward([solution("return 'c'")] * 3, ["C", "(c)", "c ) 120"]) == [1.0] * 3
-    # What is no letter is no answer, also where a program returns the same text
-    odd = ["", " ", math.nan, None, 10**5000, ["c"], "nan"]
-    programs = [solution(f"return {text!r}") for text in ("", "", "nan", "none", "1", "['c']", "nan")]
-    assert reward(programs, odd) == [None] * 7
-
-
-def test_reward_logs_failures(patient):
-    metrics, columns = {}, {}
-    completions = [FINE, solution("import os"), solution("return 1 / 0"), solution("return 'x'")]
-    reward = get_program_reward(runner=patient)
-    reward(completions, ["42"] * 4, log_metric=metrics.__setitem__, log_extra=columns.__setitem__)
-    failed = {"forbidden", "error", "not_a_number"}
-    names = [kind.replace(" ", "_") for kind in FAILURES]
-    assert metrics == {f"agents/program_{name}_share": 0.25 * (name in failed) for name in names}
-    reasons = ["42.0", "forbidden: import os", "error: ZeroDivisionError", "not a number"]
-    assert columns == {"program_reward_read": reasons}
-
-
-def test_reward_refuses_what_a_user_got_wrong(patient):
-    for settings in ({"partial": 1.0}, {"partial": math.nan}, {"tolerance": -1}, {"entry": "a b"}):
-        with pytest.raises(ValueError, match=next(iter(settings))):
-            get_program_reward(**settings)
-    with pytest.raises(ValueError, match="no column `answer`"):
-        program_reward([FINE])
