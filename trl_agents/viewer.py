@@ -3,7 +3,7 @@
 The episode browser: one static HTML page on which episodes are read turn by turn, searched and filtered.
 
 [`episode_record`] is the one way from a [`Trajectory`] to what the page shows. A record is a row of an episodes file
-(the form is described in `episodes.py`, whose `read_episodes` reads it) with what else is known: `player`, and for
+(the form is described in `episode_file.py`, whose `read_episodes` reads it) with what else is known: `player`, and for
 each turn `regret`, `optimal`, `penalty`, where the reply was invalid the `legal_actions`, and what an exploration
 mechanism did: `forced`, `bonus`, `drafts`.
 """
@@ -107,7 +107,7 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Pat
 
 def read_records(path: str | Path, player: str = "") -> list[dict[str, Any]]:
     """
-    Read a file of episodes, in any of the forms that `episodes.py` describes.
+    Read a file of episodes, in any of the forms that `episode_file.py` describes.
 
     Args:
         path (`str` or `Path`):

@@ -3,7 +3,7 @@
 Shapes of a few models as their `config.json` on the Hub gives them, for machines without a network. Only what shapes
 and costs depend on; everything else keeps the default of the architecture in transformers.
 
-The parameter counts that follow from them are those of the models' pages (tests/test_estimate_shape.py).
+The parameter counts that follow from them are those of the models' pages (tests/test_estimate.py).
 """
 
 from __future__ import annotations
