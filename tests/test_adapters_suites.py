@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -399,6 +400,24 @@ def test_own_luck():
         random.random()
         raise KeyError
     assert (random.random(), np.random.random()) == expected
+
+
+def test_own_luck_waits_for_many_that_draw_slowly(monkeypatch):
+    monkeypatch.setattr(luck, "PATIENCE", 0.4)
+    together, drawn = threading.Barrier(8, timeout=20), []
+
+    def draw():
+        together.wait()
+        with own_luck(0):
+            time.sleep(0.1)
+            drawn.append(random.random())
+
+    threads = [threading.Thread(target=draw) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(drawn) == 8 and len(set(drawn)) == 1
 
 
 def test_own_luck_does_not_wait_for_ever(monkeypatch):
