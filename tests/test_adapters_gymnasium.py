@@ -90,6 +90,29 @@ def test_describe_and_names():
     assert pendulum.step("push")[2:4] == (False, False) and pendulum.step("pull")[2:4] == (False, True)
 
 
+@pytest.mark.parametrize("actions", [{"c": 7, "b": 6, "a": 5}, {"c": 7, "a": 5}])
+def test_a_mask_is_one_of_numbers(actions):
+    """Names may come in another order, or be fewer."""
+    allowed = [name for name in actions if name != "a"]
+    assert GymnasiumEnvironment(Toy(), actions=actions).reset()[1]["legal_actions"] == allowed
+
+
+class Taxi(Toy):
+    pass
+
+
+@pytest.mark.parametrize("name", ["FrozenLake", "Taxi", "Blackjack"])
+def test_somebody_s_own_of_a_known_name(name):
+    gymnasium.register(f"mine/{name}-v0", Toy)
+    try:
+        env = make_env(f"gymnasium:mine/{name}-v0", disable_env_checker=True)
+    finally:
+        del gymnasium.registry[f"mine/{name}-v0"]
+    for made in (env, GymnasiumEnvironment(Taxi())):
+        assert made.reset()[0].startswith("Observation:") and made.reset()[1]["legal_actions"] == ["6", "7"]
+        assert "high sum of rewards" in made.instructions
+
+
 class Echo(gymnasium.Env):
     action_space = observation_space = Text(20)
     instructions = "Say something."
@@ -116,6 +139,7 @@ def test_text_spaces():
         ("FrozenLake-v1", {"actions": list("abcA")}, "gives two actions one name"),
         ("FrozenLake-v1", {"actions": [0, 1, 2, 3]}, r"actions=\[0, 1, 2, 3\]: give a list of names"),
         ("FrozenLake-v1", {"actions": 4}, "actions=4: give a list of names"),
+        ("FrozenLake-v1", {"actions": {}}, "actions={}: give a list of names"),
         ("FrozenLake-v1", {"size": 3}, "does not take env_kwargs="),
     ],
 )

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -146,6 +147,38 @@ def test_free_text_goes_to_the_game(textarena):
     assert env.reset(seed=0)[1]["legal_actions"] == ["1 2 3 4"]
 
 
+def test_raw_games(textarena):
+    """They lack what puts moves into brackets; the moves are listed without."""
+    env = make_env("textarena:Nim-v0-raw", piles=[1, 2], opponent=lambda observation, legal_actions, rng: "1 1")
+    env.reset(seed=0)
+    assert "Player 0 removes 1 from pile 1." in env.step("1 1")[0]
+    assert env.step("0 1")[1] == 1.0
+
+
+@pytest.mark.parametrize("game", ["ThreeCardMonte-v0", "Countdown-v0"])
+def test_an_invalid_move_s_reward_and_reason_in_each_other_s_place(textarena, game):
+    env = make_env(f"textarena:{game}")
+    env.reset(seed=0)
+    env.step("nonsense")
+    observation, reward, terminated, _, info = env.step("nonsense")
+    assert terminated and 0 <= reward < 1 and info["rewards"] == {0: reward} and "Use `[" in observation
+
+
+@pytest.mark.parametrize("game", ["QuantumTicTacToe-v0", "MarketEntryGame-v0"])
+def test_nobody_plays_alone_what_is_for_several(textarena, game):
+    """TextArena starts them with one player, and fails or waits for ever later on."""
+    env = make_env(f"textarena:{game}", opponent=lambda observation: "0,1")
+    assert env.num_players == 2
+    env.reset(seed=0)
+    assert env.step("3,4")[2] is False
+
+
+def test_over_before_the_first_move(textarena):
+    env = nim(opponent=lambda observation, legal_actions, rng: "nonsense", seat=1)
+    with pytest.raises(RuntimeError, match="over before the agent's first move: .*No valid move format"):
+        env.reset(seed=0)
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
@@ -153,6 +186,7 @@ def test_free_text_goes_to_the_game(textarena):
         ("Nim-v0", {"opponent": "perfect"}, "opponent='perfect' is unknown"),
         ("Nim-v0", {"seat": 2}, "seat=2: Nim-v0 has the players 0 to 1"),
         ("Nim-v0", {"pile": [1]}, "does not take env_kwargs"),
+        ("QuantumTicTacToe-v0", {"num_players": 3, "opponent": len}, "num_players=3: .* is a game of 2"),
         ("Nim-v0", {"num_players": 5}, "num_players=5: Nim-v0 says: The number of players has to be 2"),
         ("Nim-v0", {"legal_actions": ["0 1"]}, r"legal_actions=\['0 1'\]: give a function"),
         ("Chopsticks-v0", {}, "there is no random opponent. Pass opponent="),
@@ -366,6 +400,24 @@ def test_own_luck():
         random.random()
         raise KeyError
     assert (random.random(), np.random.random()) == expected
+
+
+def test_own_luck_waits_for_many_that_draw_slowly(monkeypatch):
+    monkeypatch.setattr(luck, "PATIENCE", 0.4)
+    together, drawn = threading.Barrier(8, timeout=20), []
+
+    def draw():
+        together.wait()
+        with own_luck(0):
+            time.sleep(0.1)
+            drawn.append(random.random())
+
+    threads = [threading.Thread(target=draw) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(drawn) == 8 and len(set(drawn)) == 1
 
 
 def test_own_luck_does_not_wait_for_ever(monkeypatch):

@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import random
 
+import numpy as np
 import pytest
 from adapted import check_100_episodes, train_two_steps
 from datasets import Dataset
@@ -82,6 +83,20 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Takes a note."""
+
+
+class Counted(Silent):
+    """Is done after a note, as numpy says it."""
+
+    def note(self, text: str) -> None:
+        """Takes a note."""
+        self.done = np.int64(1) == 1
+
+
+def test_done_as_numpy_says_it():
+    env = ToolEnvironment(Counted)
+    env.reset(seed=0)
+    assert env.step("note('a')")[2:4] == (True, False)
 
 
 CLASSES = {

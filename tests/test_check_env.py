@@ -173,6 +173,20 @@ class TestGood:
             assert check_env(env) is None
 
 
+class Unshowable(Exception):
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+    __str__ = __repr__
+
+
+def raises(error):
+    def step(self, action):
+        raise error
+
+    return broken("Raises", step=step)
+
+
 class TestBroken:
     @pytest.mark.parametrize(
         ("env", "message"),
@@ -220,7 +234,10 @@ class TestBroken:
             (NoSeed, "With seed 0, played again, .*another observation after 0 steps.*Draw all randomness"),
             (GlobalSeed, "played in two instances side by side, the same actions gave another"),
             (SeedOfInstance, "in two instances side by side"),
-            (lambda: SHARED, "in two instances side by side"),
+            (lambda: SHARED, "The factory gave the same environment twice"),
+            (reset_gives(Unshowable(), {}), "observation something that cannot be shown .Unshowable.. Return a str"),
+            (raises(Unshowable), "raised Unshowable, which cannot be shown. It must not fail"),
+            (raises(SystemExit), "raised SystemExit: . It must not fail"),
             (Leftover, "played again, .*another observation after 0 steps: 'Episode 3'"),
             (OneList, "changed the list"),
             (Crashes, "step.'.'. raised KeyError: 'board'"),

@@ -13,17 +13,35 @@ import threading
 import time
 from pathlib import Path
 
+import gymnasium
 import pytest
 from fault_checks import ALL, check_nonce, echo, env_threads, wait_until
 from faulty_env import Doomed, Moody, MoodyAlone, Nonce
-from scripted_rollout import Scripted, Steps, go, play, tokenizer
+from gymnasium.wrappers import TimeLimit
+from scripted_rollout import Scripted, Steps, go, play, seeds, tokenizer
 
 from trl_agents.actions import ActionParser
 from trl_agents.contexts import Briefing, ChatContext
+from trl_agents.envs.make import show_through
 from trl_agents.rollout.faults import Fault
 from trl_agents.rollout.play import Episode, Player, Rules
 from trl_agents.rollout.workers import EnvPool
 from trl_agents.types import StopReason
+
+
+class Inner(gymnasium.Env):
+    """Gymnasium's own kind around another."""
+
+    instructions = "Play."
+
+    def __init__(self, steps):
+        self.env = steps
+
+    def reset(self, **kwargs):
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        return self.env.step(action)
 
 
 class TestEnvPool:
@@ -90,6 +108,14 @@ class TestEnvPool:
             pool.reset(slot, slot)
         assert [reply.slot for reply in pool.collect(20.0, block=True)] == [0, 1, 2, 3, 4, 5]
         pool.close()
+
+    @pytest.mark.parametrize("wrap", [lambda env: env, Inner, lambda env: show_through(TimeLimit(env, 99))])
+    def test_one_for_all_is_refused(self, wrap):
+        """Each would be paid for the steps of all."""
+        shared = Inner(Steps())
+        with pytest.raises(ValueError, match="one environment to several episodes .*make a new one at each call"):
+            play(lambda: wrap(shared), go, seeds(6), n_slots=3)
+        assert len(play(lambda: wrap(shared), go, seeds(6), n_slots=1)) == 6
 
     def test_one_that_nobody_closes(self):
         closed = []

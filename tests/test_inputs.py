@@ -57,6 +57,12 @@ def test_the_mistake_is_named_before_a_model_is_loaded(tmp_path, mistake):
         make(tmp_path, **arguments)
 
 
+@pytest.mark.parametrize("seeds", [["a"] * 8, [1.5] * 8, [None] * 8, [[1]] * 8])
+def test_seeds_are_whole_numbers(tmp_path, seeds):
+    with pytest.raises(ValueError, match="seed=.* is no whole number: .*column 'seed'"):
+        make(tmp_path, env=Pay, train_dataset=Dataset.from_dict({"seed": seeds}))
+
+
 def test_check_run_knows_the_trainers_arguments(tmp_path):
     with pytest.raises(ValueError, match="no argument 'parser'"):
         check_run(Pay, make_config(tmp_path), parser=None)

@@ -85,6 +85,11 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
         # Trainers play the episodes of one seed side by side, so here two instances take turns: one that draws from a
         # global generator repeats its episode when it is played alone.
         instances.append(make_env(env))
+        _require(
+            innermost(instances[1]) is not innermost(first),
+            "The factory gave the same environment twice. Let it make a new one at each call, as a class does: "
+            "episodes are played side by side.",
+        )
         rows = zip(*(_play(instance, seed, max_steps, actions) for instance in instances), strict=False)
         for replay in zip(*rows, strict=False):
             _check_same(episode, replay, f"seed {seed}, played in two instances side by side")
@@ -94,12 +99,19 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
         _call("close(), called a second time,", instance.close)
 
 
+def innermost(env: Any) -> Any:
+    """What wrappers and adapters play in."""
+    while isinstance(inner := getattr(env, "env", None), gymnasium.Env):
+        env = inner
+    return env
+
+
 def _check_kind(env: Any, result: Any) -> None:
     """An environment of Gymnasium's that is no text wants describing, not another `reset`."""
     if isinstance(env, gymnasium.Env) and isinstance(result, tuple) and not isinstance(result[0], str):
         name = env.spec.id if env.spec else "..."
         raise ValueError(
-            f"reset() returned the observation {_brief(result[0])}, which is no text. Play the environment as "
+            f"reset() returned the observation {brief(result[0])}, which is no text. Play the environment as "
             f"'gymnasium:{name}', or wrap it: trl_agents.envs.adapters.GymnasiumEnvironment(env, describe=...)."
         )
 
@@ -146,7 +158,7 @@ def _play(env: Any, seed: int, max_steps: int, actions: list[str] | None = None)
     result = _call(f"reset(seed={seed})", env.reset, seed=seed)
     _require(
         isinstance(result, tuple) and len(result) == 2,
-        f"reset() returned {_brief(result)}. Return the tuple `(observation, info)`.",
+        f"reset() returned {brief(result)}. Return the tuple `(observation, info)`.",
     )
     observation, info = result
     legal_actions = _check_text("reset()", observation, info, ended=False)
@@ -162,7 +174,7 @@ def _play(env: Any, seed: int, max_steps: int, actions: list[str] | None = None)
         result = _call(call, env.step, action)
         _require(
             isinstance(result, tuple) and len(result) == 5,
-            f"{call} returned {_brief(result)}. Return `(observation, reward, terminated, truncated, info)`.",
+            f"{call} returned {brief(result)}. Return `(observation, reward, terminated, truncated, info)`.",
         )
         _require(
             handed_out == legal_actions,
@@ -172,10 +184,10 @@ def _play(env: Any, seed: int, max_steps: int, actions: list[str] | None = None)
         observation, reward, terminated, truncated, info = result
         _require(
             isinstance(reward, Real) and not isinstance(reward, bool) and abs(reward) <= MAX_REWARD,
-            f"{call} returned the reward {_brief(reward)}. Return a finite float, up to {MAX_REWARD:g}.",
+            f"{call} returned the reward {brief(reward)}. Return a finite float, up to {MAX_REWARD:g}.",
         )
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
-            _require(isinstance(flag, (bool, np.bool_)), f"{call} returned {name}={_brief(flag)}. Return a bool.")
+            _require(isinstance(flag, (bool, np.bool_)), f"{call} returned {name}={brief(flag)}. Return a bool.")
         ended = bool(terminated or truncated)
         legal_actions = _check_text(call, observation, info, ended)
         yield _Step(observation, legal_actions, action, float(reward), bool(terminated), bool(truncated))
@@ -187,14 +199,14 @@ def _check_text(call: str, observation: Any, info: Any, ended: bool) -> list[str
     """Returns a copy of the legal actions, or None when the environment does not tell them."""
     _require(
         isinstance(observation, str),
-        f"{call} returned the observation {_brief(observation)}. Return a str; what is not text goes into `info`.",
+        f"{call} returned the observation {brief(observation)}. Return a str; what is not text goes into `info`.",
     )
     _check_length(f"{call} returned an observation", observation)
-    _require(isinstance(info, dict), f"{call} returned {_brief(info)} as `info`. Return a dict.")
+    _require(isinstance(info, dict), f"{call} returned {brief(info)} as `info`. Return a dict.")
     for name in ("state", "transition", "instructions"):
         _require(
             isinstance(info.get(name, ""), str),
-            f"{call} gave `info[{name!r}]` as {_brief(info.get(name))}. It goes into what a model reads: give a str, "
+            f"{call} gave `info[{name!r}]` as {brief(info.get(name))}. It goes into what a model reads: give a str, "
             "or leave the key out.",
         )
         _check_length(f"{call} gave `info[{name!r}]`", info.get(name, ""))
@@ -203,7 +215,7 @@ def _check_text(call: str, observation: Any, info: Any, ended: bool) -> list[str
     legal_actions = info["legal_actions"]
     _require(
         isinstance(legal_actions, list) and all(isinstance(action, str) for action in legal_actions),
-        f"{call} gave `info['legal_actions']` as {_brief(legal_actions)}. Give a list of str, or leave "
+        f"{call} gave `info['legal_actions']` as {brief(legal_actions)}. Give a list of str, or leave "
         "the key out if they are not known.",
     )
     _require(
@@ -219,7 +231,7 @@ def _check_text(call: str, observation: Any, info: Any, ended: bool) -> list[str
         )
     _require(
         len({action.casefold() for action in legal_actions}) == len(legal_actions),
-        f"{call} gave legal actions that are the same but for case: {_brief(legal_actions)}. Give each its own name: "
+        f"{call} gave legal actions that are the same but for case: {brief(legal_actions)}. Give each its own name: "
         "what a model writes is compared without regard to case.",
     )
     return list(legal_actions)
@@ -261,8 +273,8 @@ def _check_same(episode: Iterable[_Step], replay: Iterable[_Step], how: str) -> 
         for name, old, new in zip(_Step._fields, before, now, strict=True):
             _require(
                 old == new,
-                f"With {how}, the same actions gave another {name} after {number} steps: {_brief(new)} instead of "
-                f"{_brief(old)}. Draw all randomness from a generator of the instance that reset(seed=...) seeds, "
+                f"With {how}, the same actions gave another {name} after {number} steps: {brief(new)} instead of "
+                f"{brief(old)}. Draw all randomness from a generator of the instance that reset(seed=...) seeds, "
                 "such as `self.np_random` after `super().reset(seed=seed)`, and let reset() clear what the last "
                 "episode left.",
             )
@@ -271,15 +283,19 @@ def _check_same(episode: Iterable[_Step], replay: Iterable[_Step], how: str) -> 
 def _free_action(env: Any) -> str:
     space = getattr(env, "action_space", None)
     action = space.sample() if isinstance(space, gymnasium.Space) else "0"
-    _require(isinstance(action, str), f"`action_space` samples {_brief(action)}. Actions are str: use a Text space.")
+    _require(isinstance(action, str), f"`action_space` samples {brief(action)}. Actions are str: use a Text space.")
     return action
 
 
 def _call(call: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(f"{call} raised {type(error).__name__}: {error}. It must not fail.") from error
+    except (Exception, SystemExit) as error:
+        try:
+            told = f": {error}"
+        except Exception:
+            told = ", which cannot be shown"
+        raise ValueError(f"{call} raised {type(error).__name__}{told}. It must not fail.") from error
 
 
 def _require(holds: Any, message: str) -> None:
@@ -287,6 +303,10 @@ def _require(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
+def brief(value: Any) -> str:
+    """A value of an environment's in an error."""
+    try:
+        text = repr(value)
+    except Exception:  # even this is the environment's own code
+        text = "something that cannot be shown"
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

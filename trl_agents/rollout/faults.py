@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..envs.check import MAX_CHARACTERS, MAX_REWARD
+from ..envs.check import MAX_CHARACTERS, MAX_REWARD, brief
 from ..types import StopReason
 
 
@@ -89,14 +89,14 @@ def checked_step(answer: Any) -> tuple:
     observation, reward, terminated, truncated, info = _unpacked("step", answer, names)
     for name, flag in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(flag, (bool, np.bool_)):
-            raise TypeError(f"`step` returned {name}={_brief(flag)}, not a bool")
+            raise TypeError(f"`step` returned {name}={brief(flag)}, not a bool")
     info = _checked_info(info, ended=bool(terminated or truncated))
     return _checked_text(observation), _checked_reward(reward), bool(terminated), bool(truncated), info
 
 
 def _unpacked(call: str, answer: Any, names: str) -> tuple:
     if not isinstance(answer, (tuple, list)) or len(answer) != names.count(",") + 1:
-        raise TypeError(f"`{call}` returned {_brief(answer)}, not {names}")
+        raise TypeError(f"`{call}` returned {brief(answer)}, not {names}")
     return tuple(answer)
 
 
@@ -106,7 +106,7 @@ def _checked_reward(reward: Any) -> float:
             raise TypeError
         reward = float(reward)
     except Exception as error:
-        raise TypeError(f"`step` returned the reward {_brief(reward)}, not a number") from error
+        raise TypeError(f"`step` returned the reward {brief(reward)}, not a number") from error
     if not abs(reward) <= MAX_REWARD:
         raise ValueError(f"`step` returned the reward {reward}: finite ones up to {MAX_REWARD:g} can be learnt from")
     return reward
@@ -114,18 +114,18 @@ def _checked_reward(reward: Any) -> float:
 
 def _checked_text(observation: Any) -> str:
     if not isinstance(observation, str):
-        raise TypeError(f"the observation {_brief(observation)} is no str")
+        raise TypeError(f"the observation {brief(observation)} is no str")
     return _readable("observation", observation)
 
 
 def _checked_info(info: Any, ended: bool) -> dict[str, Any]:
     """A copy, so that what an environment changes later does not change the past. What we read must be as agreed."""
     if not isinstance(info, dict):
-        raise TypeError(f"the info {_brief(info)} is no dict")
+        raise TypeError(f"the info {brief(info)} is no dict")
     info = dict(info)
     if (actions := info.get("legal_actions")) is not None:
         if not isinstance(actions, (list, tuple)) or not all(isinstance(action, str) for action in actions):
-            raise TypeError(f"info['legal_actions'] is {_brief(actions)}, no list of str")
+            raise TypeError(f"info['legal_actions'] is {brief(actions)}, no list of str")
         if not actions and not ended:  # whatever a model says would be its mistake
             raise ValueError("info['legal_actions'] is empty, and the episode goes on: leave out what is not known")
         info["legal_actions"] = list(actions)
@@ -133,7 +133,7 @@ def _checked_info(info: Any, ended: bool) -> dict[str, Any]:
             _encodable("legal action", action)
     for name in ("instructions", "transition"):
         if not isinstance(info.get(name, ""), str):
-            raise TypeError(f"info[{name!r}] is {_brief(info[name])}, no str")
+            raise TypeError(f"info[{name!r}] is {brief(info[name])}, no str")
         _readable(name, info.get(name, ""))
     return info
 
@@ -151,11 +151,3 @@ def _encodable(name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"the {name} is no text that can be encoded ({error.reason})") from None
     return text
-
-
-def _brief(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # even this is the environment's own code
-        text = "something that cannot be shown"
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,15 @@ class Episode:
     seed: int
     luck: tuple[int, ...] = ()
     options: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        try:
+            object.__setattr__(self, "seed", operator.index(self.seed))  # a tensor, in a dataset's other formats
+        except TypeError:
+            raise ValueError(
+                f"seed={self.seed!r} is no whole number: give each episode one, in a dataset each row of its column "
+                "'seed'."
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)

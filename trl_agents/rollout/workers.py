@@ -9,11 +9,12 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from ..envs.check import innermost
 from .faults import Fault, RemoteFault, checked_reset, checked_step, describe
 from .processes import CLOSE_SECONDS, EnvProcess, NoGuard, check_picklable, refuse_in_process_of_env
 
@@ -35,6 +36,16 @@ class EnvReply:
     seconds: float = 0.0
     fault: Fault | None = None
     error: str | None = None
+
+
+class SharedEnv(ValueError):
+    """Episodes side by side would play in one environment, and be paid for each other's actions."""
+
+    def __init__(self):
+        super().__init__(
+            "The factory gave one environment to several episodes that are played side by side: let it make a new one "
+            "at each call, as a class does."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +151,7 @@ class EnvPool:
             del self.waiting[slot]
             if fault is not None:
                 self._dismiss(slot)
-                if isinstance(error, NoGuard):
+                if isinstance(error, (NoGuard, SharedEnv)):
                     raise error  # so would all others
                 replies.append(EnvReply(slot, seconds=seconds, fault=fault, error=error))
             else:
@@ -160,7 +171,7 @@ class EnvPool:
 
     def _ask(self, slot: int, name: str, ask: Callable, check: Callable, seconds: float) -> None:
         if self.workers[slot] is None:
-            self.workers[slot] = _Worker(self.factory, slot, self.answers)
+            self.workers[slot] = _Worker(self.factory, slot, self.answers, self.workers)
         self.waiting[slot] = _Question(name, ask, check, time.monotonic(), seconds)
         self.workers[slot].questions.put(self.waiting[slot])
 
@@ -212,7 +223,10 @@ def _shut_down(workers: list[_Worker | None], leaving: list[_Worker]) -> None:
 class _Worker:
     """A daemon thread that owns one environment: a hung one must not keep the process alive."""
 
-    def __init__(self, factory: Callable[[], Any], slot: int, answers: SimpleQueue):
+    def __init__(
+        self, factory: Callable[[], Any], slot: int, answers: SimpleQueue, neighbours: Sequence[_Worker | None]
+    ):
+        self.neighbours = neighbours
         self.questions: SimpleQueue = SimpleQueue()
         self.given_up = self.killed = False
         self.env: Any = None
@@ -234,6 +248,11 @@ class _Worker:
         if isinstance(self.env, EnvProcess):
             self.env.kill()
 
+    def _shares_env(self) -> bool:
+        others = [worker for worker in self.neighbours if worker is not None and worker is not self]
+        own = innermost(self.env)
+        return any(worker.env is not None and innermost(worker.env) is own for worker in others)
+
     def _run(self, factory: Callable[[], Any], slot: int, answers: SimpleQueue) -> None:
         while (question := self.questions.get()) is not None:
             started = time.monotonic()
@@ -244,6 +263,8 @@ class _Worker:
                     self.env = factory()
                     if self.killed:  # before there was anything to kill
                         self.kill()
+                    if self._shares_env():
+                        raise SharedEnv
                 fault = Fault.CRASH
                 answer = question.ask(self.env)
                 fault = Fault.MALFORMED
@@ -251,7 +272,7 @@ class _Worker:
                 fault = None
             except BaseException as exception:  # also what would end the thread silently, and leave us waiting
                 fault = exception.fault if isinstance(exception, RemoteFault) else fault
-                error = exception if isinstance(exception, NoGuard) else describe(exception)
+                error = exception if isinstance(exception, (NoGuard, SharedEnv)) else describe(exception)
             answers.put((self, slot, value, fault, error, time.monotonic() - started))
         try:
             if self.env is not None:

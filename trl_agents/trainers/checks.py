@@ -16,6 +16,7 @@ from ..envs.make import make_env
 from ..exploration import make_exploration
 from ..rollout.faults import checked_reset
 from ..rollout.processes import check_picklable
+from ..rollout.rules import Episode
 from .agent_grpo_config import AgentGRPOConfig
 from .inputs import check_arguments, check_dataset, check_questions
 from .packages import check_packages
@@ -189,6 +190,7 @@ def check_environment(
     """Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
     if args.env_processes:
         check_picklable(factory)
+    row = {**row, "seed": Episode(row["seed"]).seed}
     try:
         env, info = _start(factory, row)
     except Exception:  # as in a rollout, once is no time

@@ -92,12 +92,14 @@ class GymnasiumEnvironment:
         self.env = _make(env, kwargs) if isinstance(env, str) else env
         spec = self.env.spec
         self.name = spec.name if spec else type(self.env.unwrapped).__name__
+        known = self.name if _is_gymnasiums(self.env.unwrapped) else ""
         self._free_text = actions is None and isinstance(self.env.action_space, Text)
-        self.actions = {} if self._free_text else _named(self.env.action_space, actions, self.name)
+        usual = ACTIONS.get(known, ())
+        self.actions = {} if self._free_text else _named(self.env.action_space, actions, self.name, usual)
         self.action_space = self.env.action_space if self._free_text else Labels(list(self.actions))
-        self._describe = describe or _DESCRIPTIONS.get(self.name, show)
+        self._describe = describe or _DESCRIPTIONS.get(known, show)
         own = getattr(self.env.unwrapped, "instructions", None)
-        self.instructions = instructions or (own if isinstance(own, str) else self._write_instructions())
+        self.instructions = instructions or (own if isinstance(own, str) else self._write_instructions(known))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         observation, info = self.env.reset(seed=seed, options=options)
@@ -123,15 +125,22 @@ class GymnasiumEnvironment:
         info = dict(info)
         if self._free_text or "legal_actions" in info:
             return info
-        names, mask = list(self.actions), info.get("action_mask")
-        if mask is not None and len(mask) == len(names):
-            names = [name for name, allowed in zip(names, mask, strict=True) if allowed] or names
-        return {**info, "legal_actions": names}
+        return {**info, "legal_actions": self._allowed(info.get("action_mask")) or list(self.actions)}
 
-    def _write_instructions(self) -> str:
+    def _allowed(self, mask: Any) -> list[str]:
+        """The actions that a mask allows: one over the numbers of a discrete space, whatever they are called."""
+        space, mask = self.env.action_space, np.ravel(mask)
+        places = {name: place for place, name in enumerate(self.actions)}
+        if isinstance(space, Discrete):
+            places = {name: number - space.start for name, number in self.actions.items() if number in space}
+        if len(mask) != (space.n if isinstance(space, Discrete) else len(places)):
+            return []
+        return [name for name, place in places.items() if mask[place]]
+
+    def _write_instructions(self, known: str) -> str:
         if self._free_text:
             return f"You play {self.name}.\n{how_to_answer('your action')}"
-        rules = RULES.get(self.name, f"You play {self.name}. Your goal is a high sum of rewards.")
+        rules = RULES.get(known, f"You play {self.name}. Your goal is a high sum of rewards.")
         return f"{rules}\nThe actions are: {', '.join(self.actions)}.\n{how_to_answer('one of the actions')}"
 
 
@@ -150,7 +159,15 @@ def _make(name: str, kwargs: dict[str, Any]) -> gymnasium.Env:
         raise ValueError(f"Gymnasium did not make {name!r}: {error}{others}") from error
 
 
-def _named(space: gymnasium.Space, actions: Sequence[str] | Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+def _is_gymnasiums(env: gymnasium.Env) -> bool:
+    """Whether it is one of those that we know by name, and not somebody's own that is called so too."""
+    suites = ("gymnasium.envs.toy_text.", "gymnasium.envs.classic_control.", "gymnasium.envs.box2d.")
+    return any(base.__module__.startswith(suites) for base in type(env).__mro__)
+
+
+def _named(
+    space: gymnasium.Space, actions: Sequence[str] | Mapping[str, Any] | None, name: str, usual: Sequence[str]
+) -> dict[str, Any]:
     """The actions by their names."""
     if actions is not None:
         _check_names(actions)
@@ -162,7 +179,7 @@ def _named(space: gymnasium.Space, actions: Sequence[str] | Mapping[str, Any] | 
             "from: actions={'left': ..., 'right': ...}, each with what the environment is given."
         )
     numbers = [int(space.start) + number for number in range(int(space.n))]
-    names = list(actions or ACTIONS.get(name, ()))
+    names = list(actions or usual)
     if actions is not None and len(names) != len(numbers):
         raise ValueError(f"actions={actions!r} names {len(names)} actions, but {name} has {len(numbers)}.")
     if len(names) != len(numbers):
@@ -173,7 +190,7 @@ def _named(space: gymnasium.Space, actions: Sequence[str] | Mapping[str, Any] | 
 def _check_names(actions: Any) -> None:
     """What a player could not tell apart would be played as one."""
     names = actions if isinstance(actions, (Mapping, list, tuple)) else [actions]
-    if isinstance(actions, str) or not all(isinstance(name, str) and name.strip() for name in names):
+    if isinstance(actions, str) or not names or not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError(f"actions={actions!r}: give a list of names, or a dictionary from names to actions.")
     if len({name.casefold() for name in names}) != len(names):
         raise ValueError(f"actions={actions!r} gives two actions one name: case does not tell them apart.")

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 
-# How long one environment waits for another that draws, in seconds. One that hangs while it draws takes its
+# How long one environment waits while the same other one draws, in seconds. One that hangs while it draws takes its
 # neighbours' next answers with it, but it must not keep them for ever.
 PATIENCE = 60.0
 
 _drawing = threading.RLock()
+_begun = 0.0  # when the one that draws began to
 
 
 @contextmanager
@@ -31,11 +33,15 @@ def own_luck(*key: int) -> Iterator[None]:
         *key (`int`):
             Says which luck: an episode's own number, and how many calls it has seen.
     """
-    if not _drawing.acquire(timeout=PATIENCE):
-        raise TimeoutError(
-            f"For {PATIENCE:.0f} s another environment has been drawing from the global random generators. It may "
-            "hang: set `env_timeout`."
-        )
+    global _begun
+    waiting = time.monotonic()
+    while not _drawing.acquire(timeout=max(max(_begun, waiting) + PATIENCE - time.monotonic(), 0.0)):
+        if time.monotonic() - max(_begun, waiting) >= PATIENCE:  # else it is another's turn by now: many draw slowly
+            raise TimeoutError(
+                f"For {PATIENCE:.0f} s another environment has been drawing from the global random generators. It may "
+                "hang: set `env_timeout`."
+            )
+    _begun = time.monotonic()
     try:
         before = random.getstate(), np.random.get_state()
         random.seed(repr(key))

@@ -100,10 +100,14 @@ class TextArenaGame:
         self.opponent, self.seat, self._legal = opponent, seat, legal_actions
         self._opponent_reads_all = opponent != "random" and _n_arguments(opponent) == 1
         self._name, self._kwargs = game, kwargs
+        brackets = self._textarena.wrappers.ActionFormattingWrapper
+        played = registry.get(game.removesuffix("-raw"), registry[game])
+        # A game's raw form lacks what puts moves into brackets, and moves are told and listed without them
+        self._wrapper = brackets if game.endswith("-raw") and brackets in (played.default_wrappers or ()) else None
         self.num_players = num_players or self._fewest_players()
         if seat != "random" and seat not in range(self.num_players):
             raise ValueError(f"seat={seat!r}: {game} has the players 0 to {self.num_players - 1}; or use 'random'.")
-        self.reset(seed=0)
+        self._begin(0)
         for player in range(self.num_players):
             self._read(player)
         if (
@@ -118,16 +122,9 @@ class TextArenaGame:
         self.close()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        self._luck, self._moves = episode_luck(seed), 0
-        self._start(self.num_players, self._luck)
-        self.player = self._luck % self.num_players if self.seat == "random" else self.seat
-        self._rules: dict[int, str] = {}
-        self._seen: dict[int, list[str]] = {player: [] for player in range(self.num_players)}
-        self._listed: dict[int, list[str] | None] = {}
-        self._over = False
-        self._let_others_play()
-        observation = self._read(self.player)
-        self.instructions = joined(self._rules[self.player], self._form)
+        observation = self._begin(seed)
+        if self._over:
+            raise RuntimeError(f"In {self._name} the game was over before the agent's first move: {self._end()[1]}")
         return observation, {**self._info(), "instructions": self.instructions}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -137,13 +134,10 @@ class TextArenaGame:
         self._let_others_play()
         observation, info, reward = self._read(self.player), self._info(), 0.0
         if self._over:
-            state = self.game.state
-            rewards = state.rewards or {}
-            reward = float(rewards.get(self.player, 0.0))
-            reason = str((state.game_info.get(self.player) or {}).get("reason") or "")
+            reward, reason = self._end()
             if reason not in observation:
                 observation = "\n".join(part for part in (observation, reason) if part)
-            info["rewards"] = dict(rewards)
+            info["rewards"] = {**(self.game.state.rewards or {}), self.player: reward}
             if self.num_players > 1:
                 info["outcome"] = "win" if reward > 0 else "loss" if reward < 0 else "draw"
         return observation, reward, self._over, False, info
@@ -155,11 +149,26 @@ class TextArenaGame:
         """What an opponent is given, as it reads it: the text itself."""
         return observation
 
+    def _begin(self, seed: int | None) -> str:
+        """A game up to the agent's first move; what the agent observes then."""
+        self._luck, self._moves = episode_luck(seed), 0
+        self._start(self.num_players, self._luck)
+        self.player = self._luck % self.num_players if self.seat == "random" else self.seat
+        self._rules: dict[int, str] = {}
+        self._seen: dict[int, list[str]] = {player: [] for player in range(self.num_players)}
+        self._listed: dict[int, list[str] | None] = {}
+        self._over = False
+        self._let_others_play()
+        observation = self._read(self.player)
+        self.instructions = joined(self._rules[self.player], self._form)
+        return observation
+
     def _start(self, num_players: int, luck: int) -> None:
         """A game of its own for each episode: some games carry things on from one to the next."""
         with own_luck(luck, 0):
             try:
                 self.env = self._textarena.make(self._name, **self._kwargs)
+                self.env = self._wrapper(self.env) if self._wrapper else self.env
             except (ImportError, SyntaxError, OSError, LookupError) as error:
                 # A newer Python, other packages, files, word lists
                 raise NotMade("TextArena", self._name, error) from error
@@ -170,13 +179,17 @@ class TextArenaGame:
                 self.env.reset(num_players=num_players, seed=luck)
             except AssertionError as error:
                 raise ValueError(f"num_players={num_players!r}: {self._name} says: {error}") from error
+        if (number := self.game.state.num_players) != num_players:
+            raise ValueError(f"num_players={num_players!r}: {self._name} is a game of {number}.")
 
     def _fewest_players(self) -> int:
         problem = None
         for number in range(1, _MOST_PLAYERS + 1):
             try:
                 self._start(number, 0)
-                return number
+                # Games of many start with one as well, and then wait for ever for somebody else
+                if number > 1 or isinstance(self.game.state, self._textarena.SinglePlayerState):
+                    return number
             except (NotMade, TypeError):
                 raise
             except Exception as error:  # each game has its own way to say that so few or so many cannot play
@@ -190,6 +203,15 @@ class TextArenaGame:
         with own_luck(self._luck, self._moves):
             done, _ = self.env.step(action=action)
         self._over = bool(done)
+
+    def _end(self) -> tuple[float, str]:
+        """The agent's reward, and why the game is over."""
+        state = self.game.state
+        reward = (state.rewards or {}).get(self.player, 0.0)
+        reason = (state.game_info.get(self.player) or {}).get("reason") or ""
+        if isinstance(reward, str):  # some games give an invalid move's reward and reason in each other's place
+            reward, reason = str(reason).removeprefix("Invalid Move: "), reward
+        return float(reward), str(reason)
 
     def _let_others_play(self) -> None:
         for _ in range(_MOST_MOVES):

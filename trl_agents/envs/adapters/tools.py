@@ -9,6 +9,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+
 from ..imported import import_object
 from .luck import episode_luck, own_luck
 from .suites import joined
@@ -95,7 +97,8 @@ class ToolEnvironment:
             raise ValueError("No episode is on. Call reset() before the first step() and after an episode has ended.")
         self._calls += 1
         text, finished, info = self._call(action)
-        finished = finished or getattr(self.env, "done", False) is True
+        done = getattr(self.env, "done", False)
+        finished = finished or (isinstance(done, (bool, np.bool_)) and bool(done))  # it may be a tool
         truncated = not finished and self._calls >= self.max_calls
         reward = 0.0
         if finished or truncated:
