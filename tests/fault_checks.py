@@ -9,7 +9,8 @@ from scripted_rollout import Scripted, tokenizer
 
 from trl_agents.actions import ActionParser
 from trl_agents.contexts import Briefing, ChatContext
-from trl_agents.rollout.play import REPLACEMENTS, STARTS, Player, Rules
+from trl_agents.rollout.places import REPLACEMENTS, STARTS
+from trl_agents.rollout.play import Player, Rules
 from trl_agents.rollout.workers import EnvPool
 from trl_agents.types import StopReason
 

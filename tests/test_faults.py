@@ -21,7 +21,8 @@ from trl_agents.contexts import Briefing, ChatContext, WindowContext
 from trl_agents.rollout.faults import MAX_CHARACTERS, Fault
 from trl_agents.rollout.generation import Sampling, SlotBackend
 from trl_agents.rollout.metrics import combine_metrics, rollout_metrics
-from trl_agents.rollout.play import REPLACEMENTS, Episode, Player, Rules
+from trl_agents.rollout.places import REPLACEMENTS
+from trl_agents.rollout.play import Episode, Player, Rules
 from trl_agents.rollout.workers import EnvPool
 from trl_agents.tiny import tiny_model
 from trl_agents.types import StopReason

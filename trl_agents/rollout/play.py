@@ -3,27 +3,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
-import random
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from ..actions import ActionParser
 from ..contexts import Briefing, rename_actions
-from ..exploration import Exploration, Past, name_back, vote
+from ..exploration import Exploration, name_back, vote
 from ..types import ParsedAction, StopReason, Trajectory, Turn
 from .faults import Fault
 from .generation import Backend, Reply
+from .places import End, Live, Places
 from .progress import Bar, Clock, open_bar
 from .rules import Episode, Rules
 from .workers import EnvPool, EnvReply
@@ -31,36 +27,6 @@ from .workers import EnvPool, EnvReply
 
 # With `action_stop`, an action is looked for in so many tokens at the end of what was written so far
 STATEMENT_TOKENS = 64
-
-# Each episode is begun at most twice, and at most two others from the same seed take its place.
-STARTS, REPLACEMENTS = 2, 2
-
-
-@dataclass(slots=True)
-class _Live:
-    """An episode in its slot."""
-
-    index: int
-    episode: Episode
-    rng: np.random.Generator
-    start: int = 0  # how many have failed before it in this episode's place
-    reader: Any = None
-    observation: str = ""
-    info: dict[str, Any] = field(default_factory=dict)
-    reset_info: dict[str, Any] = field(default_factory=dict)
-    turns: list[Turn] = field(default_factory=list)
-    pending: dict[str, Any] | None = None  # the turn whose action the environment is playing
-    retries: int = 0
-    env_seconds: float = 0.0
-    chance: random.Random | None = None  # the exploration mechanisms' own luck
-    names: dict[str, str] | None = None  # what the actions are called at this turn
-    drafts: list[Reply] = field(default_factory=list)  # replies so far to the question that is open
-
-    @property
-    def past(self) -> Past:
-        played = [turn for turn in self.turns if turn.executed is not None]
-        legal = self.info.get("legal_actions") or ()
-        return Past(tuple(legal), tuple(t.executed for t in played), tuple(t.reward for t in played))
 
 
 class Player:
@@ -129,38 +95,11 @@ class Player:
         """
         clock = Clock()
         started = time.perf_counter()
-        finished: list[Trajectory | None] = [None] * len(episodes)
-        queue = deque(enumerate(episodes))
-        free = list(range(len(self.pool.workers)))[::-1]
-        live: dict[int, _Live] = {}
         with open_bar(progress, len(episodes), description) as bar, ExitStack() as on_leaving:
             # If this is interrupted or fails, the pool's next rollout must not receive answers meant for this one
             on_leaving.callback(self.pool.give_up)
-
-            def begin(slot: int, index: int, episode: Episode, start: int = 0) -> None:
-                luck = [episode.seed % 2**32, *episode.luck]
-                luck += [start // STARTS] if start >= STARTS else []
-                chance = random.Random(str([int(part) for part in luck]))
-                live[slot] = _Live(index, episode, np.random.default_rng(luck), start, chance=chance)
-                self.pool.reset(slot, episode.seed, copy.deepcopy(episode.options))  # it may be begun again
-
-            def finish(slot: int, stop: StopReason | Fault, error: str | None = None) -> None:
-                done = live.pop(slot)
-                if isinstance(stop, Fault):
-                    clock.faults.add(stop, f"seed {done.episode.seed}, turn {len(done.turns)}: {error}")
-                    clock.faults.retried += done.start == 0
-                    clock.faults.replaced += done.start == STARTS - 1
-                    if done.start + 1 < STARTS * (1 + REPLACEMENTS):
-                        self.pool.renew(slot)
-                        return begin(slot, done.index, done.episode, done.start + 1)
-                    stop = stop.stop
-                free.append(slot)
-                finished[done.index] = self._trajectory(done, stop, error)
-                bar.episode()
-
-            while queue or live:
-                while queue and free:
-                    begin(free.pop(), *queue.popleft())
+            places = Places(self.pool, episodes, self._trajectory, clock, bar)
+            while places.fill():
                 idle = not self.backend.busy
                 waited = time.perf_counter()
                 env_replies = self.pool.collect(self._patience(), block=idle)
@@ -168,28 +107,31 @@ class Player:
                 for env_reply in env_replies:
                     clock.env += env_reply.seconds
                     clock.faults.calls += 1
-                    self._on_environment(live[env_reply.slot], env_reply, finish, bar)
+                    live = places.live[env_reply.slot]
+                    places.end(live, self._on_environment(live, env_reply))
                 if self.backend.busy:
                     decoding = time.perf_counter()
                     replies = self.backend.step()
                     clock.model += time.perf_counter() - decoding
                     for slot, reply in replies:
-                        self._on_reply(slot, live[slot], reply, finish, bar)
+                        live = places.live[slot]
+                        places.end(live, self._on_reply(live, reply))
             self.backend.drain()
         clock.wall = time.perf_counter() - started
-        return finished, clock
+        return places.finished, clock
 
     def _patience(self) -> float:
         """Waiting for a slow environment each time anew would cost more than to decode without its episode."""
         is_slow = bool(self.step_seconds) and statistics.median(self.step_seconds) > self.patience
         return 0.0 if is_slow else self.patience
 
-    def _on_environment(self, live: _Live, reply: EnvReply, finish: Callable, bar: Bar) -> None:
+    def _on_environment(self, live: Live, reply: EnvReply) -> End | None:
+        """The environment answered: the episode is over, or a question is open."""
         live.env_seconds += reply.seconds
         if live.pending is not None:
             self.step_seconds.append(reply.seconds)
         if reply.fault is not None:
-            return finish(reply.slot, reply.fault, reply.error)
+            return End(reply.fault, reply.error)
         live.observation, live.info = reply.observation, reply.info
         if live.pending is None:
             live.reset_info = reply.info
@@ -197,20 +139,20 @@ class Player:
             if "instructions" in reply.info:
                 briefing = dataclasses.replace(briefing, instructions=reply.info["instructions"])
             live.reader = self.context.begin(briefing, reply.observation, reply.info)
-            return self._begin_turn(reply.slot, live, finish, bar)
+            return self._begin_turn(live)
         turn = Turn(**live.pending, reward=reply.reward, info=reply.info)
         live.turns.append(turn)
         live.pending, live.retries = None, 0
         if reply.terminated:
-            return finish(reply.slot, StopReason.TERMINATED)
+            return End(StopReason.TERMINATED)
         note = self.exploration.note(live.past)
         live.observation = "\n".join(part for part in (reply.observation, note) if part)
         live.reader.observe(turn.action_ids, turn.executed, turn.reward, reply.observation, reply.info, note)
         if reply.truncated or self._out_of_turns(live):
-            return finish(reply.slot, StopReason.TRUNCATED if reply.truncated else StopReason.MAX_TURNS)
-        self._begin_turn(reply.slot, live, finish, bar)
+            return End(StopReason.TRUNCATED if reply.truncated else StopReason.MAX_TURNS)
+        return self._begin_turn(live)
 
-    def _begin_turn(self, slot: int, live: _Live, finish: Callable, bar: Bar) -> None:
+    def _begin_turn(self, live: Live) -> End | None:
         """A question is open: name the actions, and answer it without the model where a mechanism says so."""
         fixed = live.info.get("legal_actions") == live.reset_info.get("legal_actions")
         if self.exploration.needs_same_actions and not fixed:
@@ -225,10 +167,10 @@ class Player:
         room = None if self.rules.max_length is None else self.rules.max_length - len(live.reader.prompt_ids)
         reply = None if forced is None or (room or 1) < 1 else self._forced(live, *forced, room)
         if reply is None:
-            return self._submit(slot, live, finish)
-        self._on_final(slot, live, reply, finish, bar, forced=True)
+            return self._submit(live)
+        return self._on_final(live, reply, forced=True)
 
-    def _rename(self, live: _Live) -> None:
+    def _rename(self, live: Live) -> None:
         if not set(live.names) == set(live.names.values()) == set(live.info["legal_actions"]):
             raise ValueError(f"{live.names} does not call each legal action by another's name, or its own.")
         live.reader.rename(live.names)
@@ -239,7 +181,7 @@ class Player:
                 "environment word its info['transition'] so, or leave context_randomization out."
             )
 
-    def _forced(self, live: _Live, action: str, thought: str, room: int | None) -> Reply | None:
+    def _forced(self, live: Live, action: str, thought: str, room: int | None) -> Reply | None:
         """What is written in the model's place: with the thought where the budget allows it; None without room."""
         shown = (live.names or {}).get(action, action)
         try:
@@ -262,23 +204,25 @@ class Player:
             )
         return None
 
-    def _submit(self, slot: int, live: _Live, finish: Callable) -> None:
+    def _submit(self, live: Live) -> End | None:
+        """Ask the model, if there is room for a reply."""
         budget = self._budget(live)
         if budget < 1:
             if live.turns:
-                return finish(slot, StopReason.CONTEXT_FULL)
-            return finish(slot, Fault.MALFORMED, self._too_long(live))
+                return End(StopReason.CONTEXT_FULL)
+            return End(Fault.MALFORMED, self._too_long(live))
         options = {"is_over": functools.partial(self._is_over, live)} if self.rules.action_stop else {}
-        self.backend.submit(slot, live.reader.prompt_ids, budget, live.rng, **options)
+        self.backend.submit(live.slot, live.reader.prompt_ids, budget, live.rng, **options)
+        return None
 
-    def _is_over(self, live: _Live, ids: list[int]) -> bool:
+    def _is_over(self, live: Live, ids: list[int]) -> bool:
         """Whether a reply has stated its action. The end is looked at first, which is quick, and then all of it."""
         legal_actions = live.info.get("legal_actions")
         if not self.parser.is_complete(self.context.decode(ids[-STATEMENT_TOKENS:]), legal_actions):
             return False
         return len(ids) <= STATEMENT_TOKENS or self.parser.is_complete(self.context.decode(ids), legal_actions)
 
-    def _too_long(self, live: _Live) -> str:
+    def _too_long(self, live: Live) -> str:
         """Why an episode has no room for a reply. Where no episode has any, that is no fault of the environment's."""
         length, limit = len(live.reader.prompt_ids), self.rules.max_length
         if (alone := len(self.context.begin(self.briefing, "", {}).prompt_ids)) >= limit:
@@ -288,43 +232,42 @@ class Player:
             )
         return f"the first question takes {length} tokens with the instructions, and an episode may have {limit}"
 
-    def _budget(self, live: _Live) -> int:
+    def _budget(self, live: Live) -> int:
         if self.rules.max_length is None:
             return self.max_new_tokens
         return min(self.max_new_tokens, self.rules.max_length - len(live.reader.prompt_ids))
 
-    def _out_of_turns(self, live: _Live) -> bool:
+    def _out_of_turns(self, live: Live) -> bool:
         return self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns
 
-    def _on_reply(self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: Bar) -> None:
+    def _on_reply(self, live: Live, reply: Reply) -> End | None:
         """The model answered: ask once more where replies vote or are corrected, else play it."""
         live.drafts.append(reply)
         if self.exploration.correction and len(live.drafts) == 1:
             read = live.reader.prompt_ids, live.reader.input_ids
             live.reader.reconsider(reply.ids, self.exploration.correction)
             if self._budget(live) >= 1:
-                return self._submit(slot, live, finish)
+                return self._submit(live)
             live.reader.prompt_ids, live.reader.input_ids = read  # no room for another: the first reply counts
         if len(live.drafts) < self.exploration.n_samples:
-            return self._submit(slot, live, finish)
+            return self._submit(live)
         if self.exploration.n_samples > 1:
             # The last of the drafts is the one that counts
             live.drafts.append(live.drafts.pop(vote([self._parse(live, draft)[1] for draft in live.drafts])))
-        self._on_final(slot, live, live.drafts.pop(), finish, bar)
+        return self._on_final(live, live.drafts.pop())
 
-    def _parse(self, live: _Live, reply: Reply) -> tuple[str, ParsedAction]:
+    def _parse(self, live: Live, reply: Reply) -> tuple[str, ParsedAction]:
         text = self.context.decode(reply.ids)
         parsed = self.parser.parse(text, live.info.get("legal_actions"), cut_off=reply.cut_off)
         return text, name_back(parsed, live.names) if live.names else parsed
 
-    def _on_final(
-        self, slot: int, live: _Live, reply: Reply, finish: Callable, bar: Bar, forced: bool = False
-    ) -> None:
+    def _on_final(self, live: Live, reply: Reply, forced: bool = False) -> End | None:
+        """A reply that counts: play its action, or another in its place, or ask again."""
         text, parsed = self._parse(live, reply)
         legal_actions = live.info.get("legal_actions")
-        bar.turn(parsed)
+        live.tell(parsed)
         if reply.cut_off and not parsed.is_valid and live.turns and self._budget(live) < self.max_new_tokens:
-            return finish(slot, StopReason.CONTEXT_FULL)  # the room ran out, which is no fault of the reply
+            return End(StopReason.CONTEXT_FULL)  # the room ran out, which is no fault of the reply
         turn = {
             "observation": rename_actions(live.observation, live.names or {}),
             "input_ids": tuple(live.reader.input_ids),
@@ -346,21 +289,22 @@ class Player:
                 action = legal_actions[live.rng.integers(len(legal_actions))]
             elif live.reset_info.get("legal_actions"):
                 problem = "the environment's `info` lists no 'legal_actions' any more, to choose a random one of."
-                return finish(slot, Fault.MALFORMED, problem)
+                return End(Fault.MALFORMED, problem)
             else:
                 ends = True  # any text may be an action here: nothing can be played in its place
         if action is not None:
             live.pending = {**turn, "executed": action}
-            return self.pool.step(slot, action)
+            self.pool.step(live.slot, action)
+            return None
         live.turns.append(Turn(**turn, executed=None))
         live.retries += 1
         if ends or live.retries > self.rules.max_retries:
-            return finish(slot, StopReason.INVALID_ACTION)
+            return End(StopReason.INVALID_ACTION)
         live.observation = self._ask_again(legal_actions)
         live.reader.ask(reply.ids, live.observation)
         if self._out_of_turns(live):
-            return finish(slot, StopReason.MAX_TURNS)
-        self._submit(slot, live, finish)
+            return End(StopReason.MAX_TURNS)
+        return self._submit(live)
 
     def _ask_again(self, legal_actions: list[str] | None) -> str:
         if not legal_actions:
@@ -371,7 +315,7 @@ class Player:
             form = ""
         return f"That is no legal action. Legal actions: {', '.join(legal_actions)}.{form}"
 
-    def _final_ids(self, live: _Live, stop: StopReason) -> tuple[int, ...]:
+    def _final_ids(self, live: Live, stop: StopReason) -> tuple[int, ...]:
         """What the next turn would have read: a critic's bootstrap is the value of that state."""
         if stop.is_fault or stop.is_terminal or stop is StopReason.CONTEXT_FULL:
             return ()  # an episode whose `reset` failed has no reader
@@ -379,7 +323,7 @@ class Player:
             return ()
         return tuple(live.reader.input_ids)
 
-    def _trajectory(self, live: _Live, stop: StopReason, error: str | None) -> Trajectory:
+    def _trajectory(self, live: Live, stop: StopReason, error: str | None) -> Trajectory:
         return Trajectory(
             seed=live.episode.seed,
             turns=tuple(live.turns),
