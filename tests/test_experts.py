@@ -20,8 +20,9 @@ from trl_agents.actions import ActionParser
 from trl_agents.agents import GreedyAgent, RandomAgent, UCBAgent, play_episode
 from trl_agents.envs import make_env
 from trl_agents.evaluation import play_agents
-from trl_agents.expert_data import EXPERT_SEEDS, agreement, expert_dataset, expert_episodes, expert_seeds
+from trl_agents.expert_data import agreement, expert_dataset, expert_episodes
 from trl_agents.experts import Expert, LinUCBExpert, MinimaxExpert, UCBExpert, make_expert
+from trl_agents.seeds import expert_seeds
 from trl_agents.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from trl_agents.types import InvalidReason, ParsedAction
 
@@ -298,11 +299,6 @@ def test_rows_that_are_written_as_they_are_made(tmp_path):
     kwargs = {"seeds": range(70), "env_kwargs": SMALL, "context": "window", "form": "behaviour"}
     rows = expert_dataset(BANDIT, cache_dir=str(tmp_path), **kwargs)
     assert rows.cache_files[0]["filename"].startswith(str(tmp_path)) and rows[:] == expert_dataset(BANDIT, **kwargs)[:]
-
-
-def test_seeds_of_experts_are_nobody_elses():
-    assert expert_seeds(3, seed=2) == range(EXPERT_SEEDS + 6, EXPERT_SEEDS + 9)
-    assert not set(expert_seeds(1000, 0)) & set(expert_seeds(1000, 1)) and EXPERT_SEEDS + 10**8 < 750_000_000
 
 
 def test_agreement_is_with_what_was_chosen():

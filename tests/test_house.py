@@ -27,7 +27,7 @@ LICENSE_LINE = "# Licensed under the Apache License, Version 2.0 (see LICENSE)."
 
 # Lowest level first. A module imports lower levels, and its neighbours of the same line.
 LAYERS = [
-    (0, ["types"]),
+    (0, ["types", "seeds"]),
     (1, ["envs", "agents", "actions", "patterns", "contexts", "exploration", "experts", "rewards"]),  # text: no torch
     (1, ["returns", "advantages", "losses"]),  # tensors: torch only
     (2, ["rollout"]),

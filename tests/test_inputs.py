@@ -6,8 +6,8 @@ from datasets import Dataset
 from scripted import Pay, make_config, save_tiny_model
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer, check_run
-from trl_agents.evaluation import validation_seeds
 from trl_agents.rewards import numeric_reward
+from trl_agents.seeds import validation_seeds
 
 
 TRAINERS = {AgentGRPOTrainer: AgentGRPOConfig, AgentPPOTrainer: AgentPPOConfig}

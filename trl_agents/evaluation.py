@@ -24,6 +24,7 @@ from .rollout.metrics import coverage, regret
 from .rollout.play import Player
 from .rollout.rules import Episode, Rules
 from .rollout.workers import EnvPool
+from .seeds import held_out_seeds as held_out_seeds  # belongs to evaluation, for those who only evaluate
 from .types import StopReason, Trajectory
 
 
@@ -148,16 +149,6 @@ def play_opponents(
             kwargs = {**(env_kwargs or {}), "opponent": opponent, "seat": seat}
             games += play(functools.partial(make_env, env, **kwargs))
     return played
-
-
-def held_out_seeds(n: int) -> range:
-    """Seeds for evaluation: far behind those of training, which count from 0."""
-    return range(1_000_000_000, 1_000_000_000 + n)
-
-
-def validation_seeds(n: int) -> range:
-    """Seeds for evaluation during training, apart from [`held_out_seeds`]: checkpoints may be chosen by them."""
-    return range(750_000_000, 750_000_000 + n)
 
 
 def play_model(

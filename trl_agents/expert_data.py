@@ -24,16 +24,8 @@ from .transcripts import chat_messages, window_messages
 from .types import Trajectory
 
 
-# Seeds of experts' episodes start here: apart from those of training (from 0), of warm-ups (from 5e8), of validation
-# (from 7.5e8) and of evaluation (from 1e9).
-EXPERT_SEEDS = 600_000_000
 FORMS = ("thought", "behaviour")
 CHUNK = 64  # episodes whose rows are made at a time
-
-
-def expert_seeds(n: int, seed: int = 0) -> range:
-    """Seeds for `n` of an expert's episodes, none of which training or evaluation meets."""
-    return range(EXPERT_SEEDS + seed * n, EXPERT_SEEDS + (seed + 1) * n)
 
 
 def expert_episodes(
@@ -160,7 +152,7 @@ def expert_dataset(
             `"thought"`: the reply is the expert's thought, and the action in the last line. `"behaviour"`: the action
             alone.
         seeds (`Sequence[int]`):
-            One episode each; see [`expert_seeds`].
+            One episode each; see [`~seeds.expert_seeds`].
         env_kwargs (`Mapping`, *optional*):
             Arguments of the environment.
         parser ([`ActionParser`], *optional*):

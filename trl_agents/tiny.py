@@ -24,12 +24,10 @@ from .agent_config import AgentConfig
 from .agents import Agent, RandomAgent
 from .contexts import Briefing
 from .envs.make import make_env
+from .seeds import transcript_seeds
 from .sft import fine_tune
 from .transcripts import plain_rationale, play_transcripts
 
-
-# Seeds of the transcripts start here: apart from training seeds (from 0) and held-out ones (from 1e9).
-TRANSCRIPT_SEEDS = 500_000_000
 
 # ChatML, as Qwen's, without system prompt and tools.
 CHAT_TEMPLATE = (
@@ -203,7 +201,7 @@ def make_tiny_model(
     Returns:
         `str`: `output_dir`, for `from_pretrained`.
     """
-    seeds = range(TRANSCRIPT_SEEDS + seed * n_transcripts, TRANSCRIPT_SEEDS + (seed + 1) * n_transcripts)
+    seeds = transcript_seeds(n_transcripts, seed)
     agent = agent or RandomAgent(repeat=0.25)
     dataset = play_transcripts(env, agent, seeds, parser=parser, rationale=rationale, context=context, window=window)
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]

@@ -22,10 +22,10 @@ from ..cards import card_name, correct_card
 from ..checkpoints import find_checkpoint
 from ..contexts import make_context
 from ..envs.make import make_env
-from ..evaluation import validation_seeds
 from ..exploration import make_exploration
 from ..hub import PushesSafely
 from ..rollout.processes import refuse_in_process_of_env
+from ..seeds import validation_seeds
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
