@@ -23,6 +23,7 @@ from trl_agents.expert_iteration import IterationArguments
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
 from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
+from trl_agents.rollout.generation import end_of_reply_ids
 from trl_agents.script import argument, check_positive, run
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, train_and_save
@@ -57,9 +58,7 @@ def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mod
     def learn(folder, last, episodes):
         """Fine-tune the model `last` on what it (or another) wrote in the `episodes`, and on nothing else of them."""
         model, tokenizer = load_model(last, training_args.device, dtype="float32")
-        eos = model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        rows = training_rows(episodes, tokenizer, eos_token_ids=eos, **task.reading)
+        rows = training_rows(episodes, tokenizer, eos_token_ids=end_of_reply_ids(model, tokenizer), **task.reading)
         if len(rows) == 0:
             raise ValueError(
                 f"Nothing is good enough for {str(folder)!r}: lower min_reward, or sample more. (What was played can "

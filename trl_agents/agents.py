@@ -112,8 +112,6 @@ class GreedyAgent(BanditAgent):
             Probability of playing any legal action instead.
     """
 
-    untried, epsilon = math.inf, 0.0
-
     def __init__(self, untried: float = math.inf, epsilon: float = 0.0):
         if not 0.0 <= epsilon <= 1.0:
             raise ValueError(f"epsilon={epsilon} is a probability: give a number between 0 and 1.")
@@ -158,6 +156,7 @@ class UCBAgent(GreedyAgent):
     def __init__(self, bonus: str = "ucb1"):
         if bonus not in self.BONUSES:
             raise ValueError(f"bonus={bonus!r} is unknown. Use one of {', '.join(map(repr, self.BONUSES))}.")
+        super().__init__()
         self.bonus = bonus
 
     def score(self, action: str) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -79,18 +80,17 @@ def play_transcripts(
         `Dataset` with a column `messages` in the conversational format that TRL's trainers read.
     """
     parser = parser or ActionParser()
-    env = make_env(env)
-    briefing = Briefing.of(env)
+    if context not in ("chat", "window"):
+        raise ValueError(f'context={context!r} is unknown: choose "chat" or "window".')
     conversations = []
-    for seed in seeds:
-        trajectory = put_into_words(play_episode(env, agent, seed=seed), parser, rationale)
-        if context == "chat":
-            conversations.append(chat_messages(trajectory, briefing))
-        elif context == "window":
-            conversations.extend(window_messages(trajectory, briefing, window))
-        else:
-            raise ValueError(f'context={context!r} is unknown: choose "chat" or "window".')
-    env.close()
+    with closing(make_env(env)) as env:
+        briefing = Briefing.of(env)
+        for seed in seeds:
+            trajectory = put_into_words(play_episode(env, agent, seed=seed), parser, rationale)
+            if context == "chat":
+                conversations.append(chat_messages(trajectory, briefing))
+            else:
+                conversations.extend(window_messages(trajectory, briefing, window))
     return Dataset.from_dict({"messages": conversations})
 
 
