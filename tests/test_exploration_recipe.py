@@ -48,6 +48,11 @@ def test_without_training(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["warmup"]
 
 
+def test_without_regrets_returns_are_compared(tmp_path):
+    env = ["--env_id", "trl_agents/TicTacToe-v0", "--env_kwargs", '{"opponent": "random"}', "--players", "random"]
+    assert list(run(tmp_path, *env, "--max_steps", 0, names=["none"])) == ["return", "invalid_rate"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names", "said"),
     [

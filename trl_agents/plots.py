@@ -19,6 +19,37 @@ from .types import Trajectory
 COLOURS = ("#999999", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+def plot_players(
+    played: Mapping[str, Sequence[Trajectory]],
+    table: Mapping[str, Mapping[str, Interval]],
+    folder: str | Path,
+    title: str = "",
+) -> Path:
+    """
+    The picture of how well everybody played: `regret.png`, or where the environment tells no regret `returns.png`.
+
+    Args:
+        played (`Mapping[str, Sequence[Trajectory]]`):
+            Episodes of each player.
+        table (`Mapping[str, Mapping[str, Interval]]`):
+            What [`summarize`] says of them.
+        folder (`str` or `Path`):
+            Where it is written.
+        title (`str`, *optional*):
+            What was played.
+
+    Returns:
+        `Path`: the PNG.
+    """
+    if "regret" in table:
+        picture = Path(folder, "regret.png")
+        plot_regret(played, picture, title)
+    else:
+        picture = Path(folder, "returns.png")
+        plot_measures({"return": table.get("return", {})}, picture, title)
+    return picture
+
+
 def plot_regret(played: Mapping[str, Sequence[Trajectory]], path: str | Path, title: str = "") -> None:
     """
     Cumulative regret by step, mean over episodes with a 95% band (normal approximation), a line a player.
@@ -202,10 +233,10 @@ def plot_measures(
         label (`str`, *optional*, defaults to `"mean"`):
             Name of the axis.
     """
-    figure = Figure(figsize=(max(2.6 * len(table), 4), 4), layout="constrained")
+    models = list(dict.fromkeys(name for values in table.values() for name in values))
+    figure = Figure(figsize=(max(2.6 * len(table), 4, 1.2 * len(models)), 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(table), squeeze=False)[0]
-    models = list(dict.fromkeys(name for values in table.values() for name in values))
     for panel, (measure, values) in zip(panels, table.items(), strict=True):
         means = np.array([value.mean for value in values.values()])
         ends = np.array([[value.mean - value.low, value.high - value.mean] for value in values.values()]).T
