@@ -21,7 +21,7 @@ from .episodes import LoggedEpisode, best_episodes, log_answers, log_episodes, s
 from .evaluation import held_out_seeds, interval, markdown_table, plain_table, play_agents, summarize
 from .plots import plot_players
 from .questions import answer_questions, evaluate_answers, load_model
-from .report import add_to_cards, push_stages, report_stages
+from .report import add_to_cards, announce_files, push_stages, report_stages
 from .rewards import Grading
 from .script import argument, check_positive
 from .tiny import make_tiny_model, save_tiny_start
@@ -163,6 +163,7 @@ class PlayTask:
         picture = plot_players(self.played, table, output_dir, title)
         add_to_cards(cards, f"{title}, mean [95% interval]:\n\n{markdown_table(table)}", picture)
         print(markdown_table(table))
+        announce_files(output_dir)
         if self.training_args.push_to_hub:
             push_stages(cards, self.training_args)
 
