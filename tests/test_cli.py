@@ -418,6 +418,27 @@ def test_eval_without_regret(capsys, tmp_path):
     assert (tmp_path / "measures.png").exists() and "measures.png" in capsys.readouterr().out
 
 
+def test_what_an_earlier_evaluation_wrote_is_replaced_as_a_whole(capsys, tmp_path):
+    """Its picture stayed beside the figures of another environment."""
+    few, other = ["--num_episodes", "2", "--output_dir", str(tmp_path)], ["--env", "trl_agents/TicTacToe-v0"]
+    (tmp_path / "notes.png").write_text("the user's own")
+    assert main(["eval", "random", *few, *other]) == 0
+    assert "earlier evaluation" not in capsys.readouterr().err
+    assert main(["eval", "random", *few, "--env_kwargs", SMALL]) == 0
+    error = capsys.readouterr().err
+    assert f"{tmp_path} holds an earlier evaluation, of random in trl_agents/TicTacToe-v0, which this one rep" in error
+    names = {"notes.png", "regret.png", "metrics.json", "episodes.jsonl", "episodes.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    # The same anew is what a user asks for who trained on in the meantime
+    assert main(["eval", "random", *few, "--env_kwargs", SMALL]) == 0
+    assert capsys.readouterr().err == "" and {path.name for path in tmp_path.iterdir()} == names
+    # Pictures that no evaluation has left are somebody else's
+    (tmp_path / "metrics.json").write_text('{"regret": {}}')
+    (tmp_path / "measures.png").write_text("a recipe's")
+    assert main(["eval", "random", *few, "--env_kwargs", SMALL]) == 0
+    assert (tmp_path / "measures.png").read_text() == "a recipe's"
+
+
 def test_name_player(tmp_path, model, monkeypatch):
     assert (name_player("ucb").label, name_player("ucb").is_scripted) == ("ucb", True)
     assert (name_player("a=ucb").label, name_player("a=ucb").source) == ("a", "ucb")
@@ -459,6 +480,14 @@ def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
     mean = diagnosis["parts"]["greediness"]["measures"]["regret"]["mine"]["mean"]
     assert f"<span>{mean:.2f} " in report and "it was not measured" not in report
     assert len(read_records(after / "episodes.jsonl")) == 4 and (after / "episodes.html").exists()
+    # A report that compares is not replaced by one that does not, unless the figures are newer
+    assert main(["view", str(after)]) == 0
+    assert (after / "report.html").read_text() == report
+    assert f"Report: {after / 'report.html'}" in capsys.readouterr().out
+    os.utime(after / "report.html", ns=(1, 1))
+    assert main(["view", str(after)]) == 0
+    assert "Diagnosis of mine" in (after / "report.html").read_text()
+    capsys.readouterr()
     # The folder alone makes both pages anew
     (after / "report.html").unlink()
     (after / "episodes.html").unlink()
