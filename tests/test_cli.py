@@ -122,6 +122,9 @@ def test_console_script_and_assets_are_declared():
         (["play", BANDIT, "--env_kwargs", '{"n_arms": 1}'], ["n_arms=1", "at least 2"]),
         (["play", BANDIT, "--player", "minimax"], ["'minimax' cannot play trl_agents/Bandit-v0", "board"]),
         (["eval", "ucbb"], ["no player 'ucbb'", "Did you mean ucb", "random, greedy, ucb"]),
+        (["eval", "ucb:bonus=log"], ["bonus='log' is unknown"]),
+        (["eval", "mine=ucb:bons=log"], ["no setting 'bons'", "Did you mean bonus?"]),
+        (["diagnose", "thomson:prior=gaussian", "--output_dir", "x"], ["Did you mean thompson"]),
         (["eval", "random", "random"], ["Two players are called 'random'", "before=MODEL"]),
         (["eval", "./nothing"], ["There is no folder ./nothing"]),
         (["eval", "random", "--env", "Bandits-v0"], ["Did you mean trl_agents/Bandit-v0?"]),
@@ -441,6 +444,9 @@ def test_what_an_earlier_evaluation_wrote_is_replaced_as_a_whole(capsys, tmp_pat
 
 def test_name_player(tmp_path, model, monkeypatch):
     assert (name_player("ucb").label, name_player("ucb").is_scripted) == ("ucb", True)
+    bayes = name_player("bayes=thompson:prior=gaussian,sigma=2")
+    assert (bayes.label, bayes.source, bayes.is_scripted) == ("bayes", "thompson:prior=gaussian,sigma=2", True)
+    assert name_player("thompson:prior=gaussian").label == "thompson:prior=gaussian"
     assert (name_player("a=ucb").label, name_player("a=ucb").source) == ("a", "ucb")
     assert name_player(f"{model}/").label == model and not name_player(model).is_scripted
     assert name_player("Qwen/Qwen3-0.6B").source == "Qwen/Qwen3-0.6B"
@@ -449,6 +455,36 @@ def test_name_player(tmp_path, model, monkeypatch):
     (tmp_path / "lr=1" / "config.json").write_text("{}")
     assert name_player("lr=1").source == "lr=1"  # a folder's own name
     assert [player.label for player in name_players(["a=ucb", "ucb"])] == ["a", "ucb"]
+
+
+PAYING_FINES = """\
+class Fines:
+    instructions = "ACTION=a or ACTION=b?"
+
+    def reset(self, *, seed=None, options=None):
+        return "", {"legal_actions": ["a", "b"]}
+
+    def step(self, action):
+        return "", -0.05, True, False, {"legal_actions": ["a", "b"]}
+
+    def close(self):
+        pass
+"""
+
+
+def test_players_take_settings(capsys, tmp_path, monkeypatch):
+    """What Thompson's prior asks for where rewards leave [0, 1] can be said on the command line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "paying_fines.py").write_text(PAYING_FINES)
+    settings = ["--env", "paying_fines:Fines", "--num_episodes", "2", "--output_dir", "x"]
+    error = error_of(capsys, "eval", "thompson", *settings)
+    assert "reward=-0.05" in error and "thompson:prior=gaussian" in error
+    assert main(["eval", "thompson:prior=gaussian", "bayes=thompson:prior=gaussian,sigma=2", *settings]) == 0
+    assert list(json.loads((tmp_path / "x" / "metrics.json").read_text())["return"])[1] == "bayes"
+    settings = ["--parts", "greediness", "--num_instances", "2", "--quiet", "--env_kwargs", SMALL]
+    assert main(["diagnose", "ucb:bonus=sqrt_n", *settings, "--output_dir", "y"]) == 0
+    assert main(["play", "paying_fines:Fines", "--player", "thompson:prior=gaussian"]) == 0
 
 
 def test_mechanisms_are_named(capsys, tmp_path, model):

@@ -31,7 +31,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
 examples:
-  trl-agents eval random ucb thompson
+  trl-agents eval random ucb thompson bold=thompson:prior=gaussian,prior_std=3
   trl-agents eval random ucb before=outputs/grpo_bandit_tiny/warmup after=outputs/grpo_bandit_tiny
   trl-agents eval random minimax Qwen/Qwen3-0.6B --env trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal"}'
 """
@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "players",
         nargs="+",
         metavar="PLAYER",
-        help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table",
+        help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table, and "
+        "thompson:prior=gaussian,sigma=2 gives a scripted one arguments",
     )
     add_env(parser)
     add_env_kwargs(parser)
