@@ -196,6 +196,32 @@ def test_a_folder_without_a_model_names_its_checkpoints(capsys, tmp_path):
     assert "Did you mean" in error_of(capsys, "eval", str(tmp_path / "rum"))  # a sibling's name
 
 
+@pytest.mark.parametrize("named", ["run/checkpoint-21", "runs", "Run", "last=run/checkpoint-2000"])
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(capsys, tmp_path, monkeypatch, named):
+    """The Hub was asked for a minute."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_agents.cli.players.load_model", None)
+    monkeypatch.setattr("trl_agents.cli.model_arguments.read_agent_config", None)
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    close = "run/checkpoint-20" if "/" in named else "run"
+    error = error_of(capsys, "eval", named)
+    assert f"There is no folder {named.rpartition('=')[2]}. Did you mean {close}?" in error and "hf download" in error
+
+
+def test_names_of_the_hub_are_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gpt2-tuned", "Qwen3-0.6B", "Qwen/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for named in ("gpt2", "Qwen/Qwen3-0.6B", "org/Qwen3-0.6B-Base"):
+        assert name_player(named).source == named
+    (tmp_path / "gpt2x").mkdir()
+    with pytest.raises(ValueError, match="Did you mean gpt2x"):
+        name_player("gpt2")
+    cached = tmp_path / "hub" / "config.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(cached))
+    assert name_player("gpt2").source == "gpt2"  # is there, whatever lies here
+
+
 def test_a_model_the_hub_does_not_give(capsys, tmp_path):
     error = error_of(capsys, "eval", "nobody/no-such-model", "--output_dir", str(tmp_path))
     assert "No model could be loaded from 'nobody/no-such-model'" in error

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 MANY_INVALID = 0.2  # of the replies
+MISTYPED = 0.8  # how much a folder is like a name, from 0 to 1, for the name not to be looked for on the Hub
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,24 @@ def _check_model(source: str) -> None:
         raise ValueError(f"There is no folder {source}, and it is no Hub id.{hint} {scripted}")
     elif "/" not in source and (hint := close_to(source, AGENTS)):
         raise ValueError(f"There is no player {source!r}.{hint} {scripted} Models are folders or Hub ids.")
+    elif (hint := _close_folders(folder)) and not _is_cached(source):  # the Hub is asked for a minute
+        raise ValueError(
+            f"There is no folder {source}.{hint} (If it is a Hub id, fetch it first: `hf download {source}`.)"
+        )
+
+
+def _close_folders(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    return close_to(folder.name, [str(one) for one in folder.parent.iterdir() if one.is_dir()], cutoff=MISTYPED)
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(
+        isinstance(try_to_load_from_cache(hub_id, name), str) for name in ("config.json", "adapter_config.json")
+    )
 
 
 def load_model(source: str, device: str | None = None, dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
