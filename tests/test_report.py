@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from trl_agents.evaluation import Interval
+from trl_agents.plots import plot_accuracy, plot_measures
 from trl_agents.report import add_results, report_players, report_stages
 from trl_agents.types import ParsedAction, StopReason, Trajectory, Turn
 
@@ -85,3 +86,21 @@ def test_players_are_reported_whether_or_not_regret_is_told(tmp_path, monkeypatc
     assert {name: value.mean for name, value in drawn[0].items()} == {"random": 1.5 if told else 3.0}
     said = capsys.readouterr().out
     assert "| after | 3.00" in said and f"Written to {tmp_path}: episodes_after.txt, episodes_before.txt" in said
+
+
+@pytest.mark.parametrize(
+    ("plot", "values", "ends"),
+    [
+        (plot_measures, [(0, 0, 0), (0, 0, 0)], (0, 1)),  # the axis went from -0.06 to 0.06
+        (plot_accuracy, [(0, 0, 0), (0, 0, 0)], (0, 1)),
+        (plot_measures, [(0.5, 0, 0.9), (0, 0, 0)], (0, None)),
+        (plot_measures, [(-0.5, -0.6, 0.1), (0.2, 0.1, 0.3)], (None, None)),
+    ],
+)
+def test_an_axis_begins_at_zero_where_nothing_is_below(tmp_path, monkeypatch, plot, values, ends):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    plot({"invalid_rate": {name: Interval(*value) for name, value in zip("ab", values, strict=True)}}, tmp_path / "x")
+    bottom, top = drawn[0].get_ylim()
+    assert bottom == ends[0] if ends[0] is not None else bottom < -0.6
+    assert top == ends[1] if ends[1] is not None else max(value[2] for value in values) < top < 1.5

@@ -34,8 +34,8 @@ class AgentConfig:
 
     Args:
         env_id (`str`, *optional*):
-            Id of the environment, `"package.module:Class"` for a class or factory; None for one that cannot be imported
-            by its name, say of a script.
+            Id of the environment, `"package.module:Class"` for a class or factory; None for one that cannot be
+            imported by its name, say of a script.
         env_kwargs (`Mapping`, *optional*):
             Its arguments.
         context, window, max_completion_length, action_stop, exploration, chat_template_kwargs:
