@@ -118,6 +118,8 @@ def test_console_script_and_assets_are_declared():
         (["play", "CartPol-v1"], ["Did you mean CartPole-v1"]),
         (["play", "CartPole-v1"], ["is no text environment", "`instructions`"]),
         (["play", "no_such_module:Env-v0"], ["no_such_module"]),
+        (["play", "treasure.py:TreasureHall"], ["names a file: write treasure:TreasureHall."]),
+        (["play", "envs/treasure.py:TreasureHall"], ["write treasure:TreasureHall", "from its folder, envs"]),
         (["play", BANDIT, "--env_kwargs", '{"n_arm": 3}'], ["no argument 'n_arm'", "Did you mean n_arms?", "horizon"]),
         (["play", BANDIT, "--env_kwargs", '{"n_arms": 1}'], ["n_arms=1", "at least 2"]),
         (["play", BANDIT, "--player", "minimax"], ["'minimax' cannot play trl_agents/Bandit-v0", "board"]),
@@ -522,6 +524,10 @@ def test_mechanisms_are_named(capsys, tmp_path, model):
     with pytest.raises(SystemExit):
         main(["eval", "random", "--exploration", "try_everything"])
     assert "try_everything' is unknown: choose of try_all" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "random", "--exploration", "try_al"])
+    error = capsys.readouterr().err
+    assert "try_al' is unknown: choose of try_all" in error and "Did you mean try_all?" in error
 
 
 def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):

@@ -58,6 +58,9 @@ def test_without_regrets_returns_are_compared(tmp_path):
     [
         (["--exploration", "try_all"], NAMES, "`mechanisms` says"),
         ([], ["try_everything"], "'try_everything' is unknown"),
+        ([], ["nonee"], "'nonee' is unknown: choose of none, try_all, .* Did you mean none"),
+        ([], ["none+try_all"], "'none' is unknown"),
+        ([], ["try_all+selfcorrection"], "'selfcorrection' is unknown: .* Did you mean self_correction"),
         (["--num_eval_episodes", 0], NAMES, "num_eval_episodes=0"),
         (["--num_transcripts", -5], NAMES, "num_transcripts=-5"),
         (["--transcript_epsilon", 3], NAMES, "epsilon=3.0 is a probability"),
