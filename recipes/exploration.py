@@ -20,8 +20,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
 from trl_agents.agents import GreedyAgent
+from trl_agents.envs.names import close_to
 from trl_agents.episodes import sample_episodes
 from trl_agents.evaluation import held_out_seeds, play_agents, summarize
+from trl_agents.exploration import MECHANISMS
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
 from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
@@ -32,7 +34,7 @@ from trl_agents.tiny import make_tiny_model
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "exploration_tiny.yaml"
-MEASURES = ("coverage", "regret", "invalid_rate")
+MEASURES = ("coverage", "regret", "return", "invalid_rate")
 
 
 @dataclass
@@ -59,8 +61,11 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     greedy = GreedyAgent(untried=0.0, epsilon=script_args.transcript_epsilon)
     play_agents(script_args.env_id, script_args.players, held_out_seeds(1), env_kwargs=training_args.env_kwargs)
-    arguments = {}
+    arguments, known = {}, ("none", *MECHANISMS)
     for name in script_args.mechanisms:
+        for each in (one.partition("=")[0] for one in name.split("+")):
+            if each not in known:
+                raise ValueError(f"{each!r} is unknown: choose of {', '.join(known)}.{close_to(each, known)}")
         folder = Path(training_args.output_dir) / f"rlft_{name}"
         exploration = [] if name == "none" else name.split("+")
         arguments[name] = stage_arguments(training_args, folder, exploration=exploration)
@@ -131,7 +136,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         folders.append(stages.run(f"rlft_{name}", make, **{**warmth, **trainer_settings(args)}))
         after[name] = play(folders[-1], args.exploration)
     tables = {"": summarize(before), ", RLFT": summarize(after)}
-    known = [(measure, when, table) for measure in MEASURES for when, table in tables.items() if measure in table]
+    passed_over = "return" if "regret" in tables[""] else "regret"  # an environment of one's own tells no regret
+    measures = [measure for measure in MEASURES if measure != passed_over]
+    known = [(measure, when, table) for measure in measures for when, table in tables.items() if measure in table]
     columns = {f"{measure}{when}": table[measure] for measure, when, table in known}
     title = f"{len(seeds)} held-out episodes"
     looks = {"shares": False, "label": "mechanism"}

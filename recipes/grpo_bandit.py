@@ -24,7 +24,6 @@ from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import announce
 
 
-PLAYERS = ("random", "ucb", "thompson")
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
 
 
@@ -32,10 +31,11 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "grpo_bandit_tiny.yaml"
 class ScriptArguments:
     """Arguments of the recipe."""
 
-    env_id: str = argument("trl_agents/Bandit-v0", "Id of the bandit environment, or MODULE:CLASS.")
+    env_id: str = argument("trl_agents/Bandit-v0", "Id of the environment, or MODULE:CLASS.")
     action_pattern: str | None = argument(
         None, "Regular expression with one group that finds the action. Default: ACTION=X."
     )
+    players: list[str] = argument(["random", "ucb", "thompson"], "Scripted players to compare with.")
     num_eval_episodes: int = argument(256, "Held-out episodes that are played before and after training.")
     num_transcripts: int = argument(1000, "Episodes of the random player that warm up the small model.")
 
@@ -50,6 +50,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     check_run(script_args.env_id, training_args, parser, peft_config=adapters, quantization_config=quantization)
     check_resumption(training_args)
+    # The same held-out episodes for everybody
+    seeds = held_out_seeds(script_args.num_eval_episodes)
+    played = play_agents(script_args.env_id, script_args.players, seeds, env_kwargs=env_kwargs)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path or warm_up(
         script_args.env_id, training_args, script_args.num_transcripts, parser=parser
@@ -65,9 +68,6 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         peft_config=adapters,
     )
 
-    # The same held-out episodes for everybody
-    seeds = held_out_seeds(script_args.num_eval_episodes)
-    played = play_agents(script_args.env_id, PLAYERS, seeds, env_kwargs=env_kwargs)
     announce(f"Playing {len(seeds)} held-out episodes before training")
     played["before"] = trainer.play(seeds)
     announce_training(training_args)

@@ -36,10 +36,10 @@ def recipe(name: str):
     return module
 
 
-def run(script: str, *arguments, timeout: int = 300) -> subprocess.CompletedProcess:
+def run(script: str, *arguments, timeout: int = 300, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """The script in a process of its own."""
     command = [sys.executable, str(RECIPES / script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
 
 def parse(module, config: Path, *arguments):

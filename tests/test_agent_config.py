@@ -4,6 +4,7 @@
 import functools
 import inspect
 import json
+import sys
 
 import pytest
 from scripted import Pay, make_config, save_tiny_model
@@ -54,8 +55,21 @@ def test_what_is_written_is_read(tmp_path, settings):
     assert read.action_parser == (parser or ActionParser())
 
 
-def test_an_environment_without_an_id(tmp_path):
-    assert of(tmp_path, Pay, env_kwargs={"horizon": 2}).env_id is None
+def test_a_class_that_can_be_imported_is_known_by_its_name(tmp_path):
+    config = of(tmp_path, Pay, env_kwargs={"horizon": 2})
+    assert config.env_id == "scripted:Pay" and make_env(config.env_id, **config.env_kwargs).horizon == 2
+
+
+def test_an_environment_without_an_id(tmp_path, monkeypatch):
+    class Local(Pay):
+        pass
+
+    assert of(tmp_path, Local).env_id is None and of(tmp_path, lambda: Pay()).env_id is None
+    assert of(tmp_path, functools.partial(Pay, horizon=3)).env_id is None
+    for module in ("__main__", "tools"):  # of a script or notebook; that of a suite, in an id
+        monkeypatch.setattr(Pay, "__module__", module)
+        monkeypatch.setitem(sys.modules, module, sys.modules["scripted"])
+        assert of(tmp_path, Pay).env_id is None
     made = functools.partial(make_env, BANDIT, n_arms=3, means=object())
     config = of(tmp_path, made, env_kwargs={"horizon": 4})
     config.save(tmp_path)

@@ -1,5 +1,6 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 import math
+import re
 import statistics
 
 import numpy as np
@@ -294,6 +295,30 @@ class TestMakeAgent:
         agent = make_agent("thompson", TimeLimit(Bandit(**kwargs), 10))
         assert (agent.prior, agent.sigma, agent.prior_mean, agent.prior_std) == pytest.approx(prior)
 
+    def test_settings_behind_the_name(self):
+        agent = make_agent("thompson:prior=gaussian,prior_std=2,sigma=0.5")
+        assert (agent.prior, agent.sigma, agent.prior_mean, agent.prior_std) == ("gaussian", 0.5, 0.0, 2.0)
+        assert make_agent("minimax:fastest=true").fastest is True and make_agent("greedy:untried=0").untried == 0
+        # What they do not say is as the bandit tells
+        agent = make_agent("thompson:prior_std=2", Bandit(means="normal", noise=3))
+        assert (agent.prior, agent.sigma, agent.prior_std) == ("gaussian", 3.0, 2.0)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("thompson:prio=gaussian", "'thompson' has no setting 'prio'. Did you mean prior"),
+            ("ucb:bonus=log", "bonus='log' is unknown"),
+            ("ucb:", "'ucb' has no setting ''. Its settings: bonus; write ucb:bonus=ucb1"),
+            ("ucb:bonus", "'ucb:bonus' gives bonus no value: write ucb:bonus=ucb1"),
+            ("greedy:epsilon=much", "epsilon='much' of 'greedy' is no float"),
+            ("minimax:fastest=2", "fastest='2' of 'minimax' is no bool"),
+            ("thomson:prior=gaussian", "'thomson:prior=gaussian' is unknown. Did you mean thompson"),
+        ],
+    )
+    def test_settings_that_are_none(self, name, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_agent(name)
+
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="'epsilon' is unknown. Use one of 'random', 'greedy', 'ucb', 'thompson'"):
             make_agent("epsilon")
@@ -319,7 +344,7 @@ class TestMistakes:
 
     @pytest.mark.parametrize("reward", [-0.1, 1.1, math.nan])
     def test_beta_prior_on_other_rewards(self, reward):
-        with pytest.raises(ValueError, match=rf"reward={reward}.*Use prior='gaussian'"):
+        with pytest.raises(ValueError, match=rf"reward={reward}.*Use prior='gaussian', thompson:prior=gaussian"):
             after(ThompsonAgent(), [("a", reward)])
 
     def test_environment_without_legal_actions(self):

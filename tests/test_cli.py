@@ -118,10 +118,15 @@ def test_console_script_and_assets_are_declared():
         (["play", "CartPol-v1"], ["Did you mean CartPole-v1"]),
         (["play", "CartPole-v1"], ["is no text environment", "`instructions`"]),
         (["play", "no_such_module:Env-v0"], ["no_such_module"]),
+        (["play", "treasure.py:TreasureHall"], ["names a file: write treasure:TreasureHall."]),
+        (["play", "envs/treasure.py:TreasureHall"], ["write treasure:TreasureHall", "from its folder, envs"]),
         (["play", BANDIT, "--env_kwargs", '{"n_arm": 3}'], ["no argument 'n_arm'", "Did you mean n_arms?", "horizon"]),
         (["play", BANDIT, "--env_kwargs", '{"n_arms": 1}'], ["n_arms=1", "at least 2"]),
         (["play", BANDIT, "--player", "minimax"], ["'minimax' cannot play trl_agents/Bandit-v0", "board"]),
         (["eval", "ucbb"], ["no player 'ucbb'", "Did you mean ucb", "random, greedy, ucb"]),
+        (["eval", "ucb:bonus=log"], ["bonus='log' is unknown"]),
+        (["eval", "mine=ucb:bons=log"], ["no setting 'bons'", "Did you mean bonus?"]),
+        (["diagnose", "thomson:prior=gaussian", "--output_dir", "x"], ["Did you mean thompson"]),
         (["eval", "random", "random"], ["Two players are called 'random'", "before=MODEL"]),
         (["eval", "./nothing"], ["There is no folder ./nothing"]),
         (["eval", "random", "--env", "Bandits-v0"], ["Did you mean trl_agents/Bandit-v0?"]),
@@ -191,6 +196,32 @@ def test_a_folder_without_a_model_names_its_checkpoints(capsys, tmp_path):
     (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
     assert f"Did you mean {tmp_path / 'run' / 'checkpoint-20'}?" in error_of(capsys, "eval", str(tmp_path / "run"))
     assert "Did you mean" in error_of(capsys, "eval", str(tmp_path / "rum"))  # a sibling's name
+
+
+@pytest.mark.parametrize("named", ["run/checkpoint-21", "runs", "Run", "last=run/checkpoint-2000"])
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(capsys, tmp_path, monkeypatch, named):
+    """The Hub was asked for a minute."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trl_agents.cli.players.load_model", None)
+    monkeypatch.setattr("trl_agents.cli.model_arguments.read_agent_config", None)
+    (tmp_path / "run" / "checkpoint-20").mkdir(parents=True)
+    close = "run/checkpoint-20" if "/" in named else "run"
+    error = error_of(capsys, "eval", named)
+    assert f"There is no folder {named.rpartition('=')[2]}. Did you mean {close}?" in error and "hf download" in error
+
+
+def test_names_of_the_hub_are_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("gpt2-tuned", "Qwen3-0.6B", "Qwen/mine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for named in ("gpt2", "Qwen/Qwen3-0.6B", "org/Qwen3-0.6B-Base"):
+        assert name_player(named).source == named
+    (tmp_path / "gpt2x").mkdir()
+    with pytest.raises(ValueError, match="Did you mean gpt2x"):
+        name_player("gpt2")
+    cached = tmp_path / "hub" / "config.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: str(cached))
+    assert name_player("gpt2").source == "gpt2"  # is there, whatever lies here
 
 
 def test_a_model_the_hub_does_not_give(capsys, tmp_path):
@@ -418,8 +449,32 @@ def test_eval_without_regret(capsys, tmp_path):
     assert (tmp_path / "measures.png").exists() and "measures.png" in capsys.readouterr().out
 
 
+def test_what_an_earlier_evaluation_wrote_is_replaced_as_a_whole(capsys, tmp_path):
+    """Its picture stayed beside the figures of another environment."""
+    few, other = ["--num_episodes", "2", "--output_dir", str(tmp_path)], ["--env", "trl_agents/TicTacToe-v0"]
+    (tmp_path / "notes.png").write_text("the user's own")
+    assert main(["eval", "random", *few, *other]) == 0
+    assert "earlier evaluation" not in capsys.readouterr().err
+    assert main(["eval", "random", *few, "--env_kwargs", SMALL]) == 0
+    error = capsys.readouterr().err
+    assert f"{tmp_path} holds an earlier evaluation, of random in trl_agents/TicTacToe-v0, which this one rep" in error
+    names = {"notes.png", "regret.png", "metrics.json", "episodes.jsonl", "episodes.html"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    # The same anew is what a user asks for who trained on in the meantime
+    assert main(["eval", "random", *few, "--env_kwargs", SMALL]) == 0
+    assert capsys.readouterr().err == "" and {path.name for path in tmp_path.iterdir()} == names
+    # Pictures that no evaluation has left are somebody else's
+    (tmp_path / "metrics.json").write_text('{"regret": {}}')
+    (tmp_path / "measures.png").write_text("a recipe's")
+    assert main(["eval", "random", *few, "--env_kwargs", SMALL]) == 0
+    assert (tmp_path / "measures.png").read_text() == "a recipe's"
+
+
 def test_name_player(tmp_path, model, monkeypatch):
     assert (name_player("ucb").label, name_player("ucb").is_scripted) == ("ucb", True)
+    bayes = name_player("bayes=thompson:prior=gaussian,sigma=2")
+    assert (bayes.label, bayes.source, bayes.is_scripted) == ("bayes", "thompson:prior=gaussian,sigma=2", True)
+    assert name_player("thompson:prior=gaussian").label == "thompson:prior=gaussian"
     assert (name_player("a=ucb").label, name_player("a=ucb").source) == ("a", "ucb")
     assert name_player(f"{model}/").label == model and not name_player(model).is_scripted
     assert name_player("Qwen/Qwen3-0.6B").source == "Qwen/Qwen3-0.6B"
@@ -428,6 +483,36 @@ def test_name_player(tmp_path, model, monkeypatch):
     (tmp_path / "lr=1" / "config.json").write_text("{}")
     assert name_player("lr=1").source == "lr=1"  # a folder's own name
     assert [player.label for player in name_players(["a=ucb", "ucb"])] == ["a", "ucb"]
+
+
+PAYING_FINES = """\
+class Fines:
+    instructions = "ACTION=a or ACTION=b?"
+
+    def reset(self, *, seed=None, options=None):
+        return "", {"legal_actions": ["a", "b"]}
+
+    def step(self, action):
+        return "", -0.05, True, False, {"legal_actions": ["a", "b"]}
+
+    def close(self):
+        pass
+"""
+
+
+def test_players_take_settings(capsys, tmp_path, monkeypatch):
+    """What Thompson's prior asks for where rewards leave [0, 1] can be said on the command line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "paying_fines.py").write_text(PAYING_FINES)
+    settings = ["--env", "paying_fines:Fines", "--num_episodes", "2", "--output_dir", "x"]
+    error = error_of(capsys, "eval", "thompson", *settings)
+    assert "reward=-0.05" in error and "thompson:prior=gaussian" in error
+    assert main(["eval", "thompson:prior=gaussian", "bayes=thompson:prior=gaussian,sigma=2", *settings]) == 0
+    assert list(json.loads((tmp_path / "x" / "metrics.json").read_text())["return"])[1] == "bayes"
+    settings = ["--parts", "greediness", "--num_instances", "2", "--quiet", "--env_kwargs", SMALL]
+    assert main(["diagnose", "ucb:bonus=sqrt_n", *settings, "--output_dir", "y"]) == 0
+    assert main(["play", "paying_fines:Fines", "--player", "thompson:prior=gaussian"]) == 0
 
 
 def test_mechanisms_are_named(capsys, tmp_path, model):
@@ -439,6 +524,10 @@ def test_mechanisms_are_named(capsys, tmp_path, model):
     with pytest.raises(SystemExit):
         main(["eval", "random", "--exploration", "try_everything"])
     assert "try_everything' is unknown: choose of try_all" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["eval", "random", "--exploration", "try_al"])
+    error = capsys.readouterr().err
+    assert "try_al' is unknown: choose of try_all" in error and "Did you mean try_all?" in error
 
 
 def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
@@ -459,6 +548,14 @@ def test_diagnose_writes_one_folder_and_compares(capsys, tmp_path, model):
     mean = diagnosis["parts"]["greediness"]["measures"]["regret"]["mine"]["mean"]
     assert f"<span>{mean:.2f} " in report and "it was not measured" not in report
     assert len(read_records(after / "episodes.jsonl")) == 4 and (after / "episodes.html").exists()
+    # A report that compares is not replaced by one that does not, unless the figures are newer
+    assert main(["view", str(after)]) == 0
+    assert (after / "report.html").read_text() == report
+    assert f"Report: {after / 'report.html'}" in capsys.readouterr().out
+    os.utime(after / "report.html", ns=(1, 1))
+    assert main(["view", str(after)]) == 0
+    assert "Diagnosis of mine" in (after / "report.html").read_text()
+    capsys.readouterr()
     # The folder alone makes both pages anew
     (after / "report.html").unlink()
     (after / "episodes.html").unlink()

@@ -152,7 +152,13 @@ def test_a_file_that_cannot_be_used(capsys, tmp_path, agent, text, told):
         (replace(TRAINED, exploration=("Mine",)), "Add --exploration, with other mechanisms or alone"),
         *(
             (replace(TRAINED, env_id=env_id), f"names the environment {env_id!r}, which would import or call")
-            for env_id in ("tools:os:system", "openenv:http://a.b", "some_module:Env-v0", "gymnasium:some_module:E-v0")
+            for env_id in (
+                "tools:os:system",
+                "openenv:http://a.b",
+                "some_module:Env-v0",
+                "gymnasium:some_module:E-v0",
+                "m:Cls",
+            )
         ),
     ],
 )

@@ -376,6 +376,7 @@ class TestHub:
     @pytest.mark.parametrize(
         ("name", "settings", "match"),
         [
+            ("arithmetics", {}, "'arithmetics' is unknown: .*\\(.json, .*\\)\\. Did you mean arithmetic"),
             ("gsm9k", {}, "'gsm9k' is unknown: choose one of gsm8k, svamp, math_qa, math_qa_numeric, arithmetic"),
             ("gsm8k", {"n": 3}, 'n: only "arithmetic"'),
             ("gsm8k", {"numeric": True}, "options of MathQA"),

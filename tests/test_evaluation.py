@@ -33,6 +33,11 @@ def test_whole_episodes_are_not(stop):
     assert str(table["shortened"]["after"]) == "0.00 [0.00, 0.00]"
 
 
+def test_a_table_that_is_printed_can_be_read():
+    table = summarize({"after": [episode(4), episode(2)]})
+    assert str({"return": table["return"]}) == "{'return': {'after': 3.00 [2.00, 4.00]}}"
+
+
 def test_faults_are_left_out():
     table = summarize({"after": [episode(4), episode(2, StopReason.ENV_ERROR)]})
     assert table["return"]["after"].mean == 4 and table["shortened"]["after"].mean == 0

@@ -66,6 +66,7 @@ def test_what_a_run_leaves(finished):
     for measure in ("return", "regret", "coverage", "invalid_rate"):
         assert list(table[measure]) == ["random", "ucb", *stages]
         assert all(value["low"] <= value["mean"] <= value["high"] for value in table[measure].values())
+    assert said.splitlines()[-1].startswith(f"Written to {folder}: metrics.json, offline/, regret.png, round_1/")
     assert "| round_2 |" in said and (folder / "regret.png").read_bytes().startswith(b"\x89PNG")
     for stage in stages:
         card = (folder / stage / "README.md").read_text()

@@ -48,11 +48,19 @@ def test_without_training(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["warmup"]
 
 
+def test_without_regrets_returns_are_compared(tmp_path):
+    env = ["--env_id", "trl_agents/TicTacToe-v0", "--env_kwargs", '{"opponent": "random"}', "--players", "random"]
+    assert list(run(tmp_path, *env, "--max_steps", 0, names=["none"])) == ["return", "invalid_rate"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "names", "said"),
     [
         (["--exploration", "try_all"], NAMES, "`mechanisms` says"),
         ([], ["try_everything"], "'try_everything' is unknown"),
+        ([], ["nonee"], "'nonee' is unknown: choose of none, try_all, .* Did you mean none"),
+        ([], ["none+try_all"], "'none' is unknown"),
+        ([], ["try_all+selfcorrection"], "'selfcorrection' is unknown: .* Did you mean self_correction"),
         (["--num_eval_episodes", 0], NAMES, "num_eval_episodes=0"),
         (["--num_transcripts", -5], NAMES, "num_transcripts=-5"),
         (["--transcript_epsilon", 3], NAMES, "epsilon=3.0 is a probability"),

@@ -37,6 +37,7 @@ MISTAKES = {
     "an unreachable action": (["--action_pattern", r"ACTION=(\d)"], "No pattern can produce the legal action"),
     "no episodes to compare": (["--num_eval_episodes", 0], "num_eval_episodes=0: give more than 0"),
     "the environment": (["--env_kwargs", '{"horizon": 0}'], "horizon=0"),
+    "a player": (["--players", "nobody"], "'nobody' is unknown"),
     "a game": (["--env_id", "trl_agents/TicTacToe-v0"], "TicTacToe-v0.*no argument .* Its arguments: opponent"),
     "nothing to resume": (["--resume_from_checkpoint", "true"], "holds no whole checkpoint: .* use 'auto'"),
 }

@@ -1,9 +1,12 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What the README promises of its own code."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
+import recipe_runs
 from scripted import save_tiny_model
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
@@ -34,6 +37,24 @@ def test_an_environment_of_ones_own_trains_as_it_stands_there(tmp_path, monkeypa
     assert trainer.state.global_step == 1
     assert {trajectory.stop.value for trajectory in trainer.trajectories} <= {"terminated", "truncated"}
     assert max(trajectory.steps for trajectory in trainer.trajectories) == 3
+
+
+def test_a_recipe_trains_on_it(tmp_path):
+    """The command as it stands there, from the folder of the module; only shorter. It died after the training."""
+    code = code_of("Train on your own environment")
+    (tmp_path / "my_module.py").write_text(code.partition("\n\n\ncheck_env")[0])
+    command = re.search(r"^accelerate launch path/to/trl-agents/recipes/(.*?[^\\])$", README, re.DOTALL | re.MULTILINE)
+    script, *arguments = shlex.split(command[1].replace("\\\n", " "))
+    small = ["--max_steps", 1, "--num_transcripts", 8, "--num_eval_episodes", 4, "--per_device_train_batch_size", 2]
+    small += ["--num_generations", 2, "--use_cpu", "--disable_tqdm", "true"]
+    result = recipe_runs.run(script, *arguments, *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    folder = tmp_path / "outputs" / "guess_the_number"
+    table = json.loads((folder / "metrics.json").read_text())
+    assert "regret" not in table and list(table["return"]) == ["random", "ucb", "thompson", "before", "after"]
+    assert (folder / "returns.png").exists() and not (folder / "regret.png").exists()
+    assert "](returns.png)" in (folder / "README.md").read_text() and (folder / "episodes_after.txt").exists()
+    assert result.stdout.splitlines()[-1].startswith("Written to ")
 
 
 def small(init, settings):

@@ -205,6 +205,16 @@ def test_what_was_skipped_says_why(tmp_path):
     assert "Left out: the legal actions &lt;change&gt;." in text and "Left out: it was not measured." in text
 
 
+def test_settings_that_nobody_has_are_left_out(tmp_path):
+    one, other = make_diagnosis("a"), make_diagnosis("b")
+    for diagnosis in (one, other):
+        diagnosis["settings"] |= {"references": None, "n_places": 0, "exploration": []}
+    text = plain(write_report([one, other], tmp_path / "r.html"))
+    assert text.endswith("Settings a b n_instances 64 64 context window window n_places 0 0 exploration [] []")
+    other["settings"]["window"] = 3
+    assert "window 3" in plain(write_report([one, other], tmp_path / "r.html"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "There is no"), ("{", "is no JSON"), ("{}", "is no diagnosis"), ("[]", "is no diagnosis")],
@@ -266,6 +276,24 @@ def test_page_is_whole_at_both_widths(browser, tmp_path, scheme):
         assert browser.errors == [] and len(browser.requests) == 1
     background = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(20, 23, 26)") == (scheme == "dark")
+
+
+@needs_chromium
+def test_names_break_between_folders_and_the_label_of_a_line_is_on_no_curve(browser, tmp_path):
+    diagnosis = make_diagnosis("outputs/grpo_bandit_tiny")
+    bias = diagnosis["parts"]["frequency_bias"]
+    bias["max_entropy"], bias["entropy"] = math.log(5), curve([1.6] * REPETITIONS, 0.01)  # close below all it can be
+    browser.set_screen(1280)
+    browser.open(write_report([diagnosis, make_diagnosis("runs/a_rather_long_name_of_a_run")], tmp_path / "r.html"))
+    heads = "[...document.querySelectorAll('thead th')].map((one) => one.innerText)"
+    boxes = "[...document.querySelectorAll('thead th span')].map((one) => [one.innerText, one.getClientRects().length,"
+    boxes += " one.offsetHeight < 30])"
+    assert "outputs/grpo_bandit_tiny" in [name.replace("\n", "") for name in browser.run(heads)]
+    assert ["grpo_bandit_tiny", 1, True] in browser.run(boxes)
+    box = "((one) => {{ const box = one.getBoundingClientRect(); return [box.top, box.bottom]; }})({})"
+    label = "[...document.querySelectorAll('svg text')].find((one) => one.textContent.includes('alike (1.61)'))"
+    line = "[...document.querySelectorAll('#frequency_bias svg.chart .line')][0]"
+    assert browser.run(box.format(label))[1] <= browser.run(box.format(line))[0]
 
 
 @needs_chromium

@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .actions import DEFAULT_PATTERN, ActionParser
+from .envs.adapters import PREFIXES
 from .envs.make import make_env
 
 
@@ -32,7 +34,8 @@ class AgentConfig:
 
     Args:
         env_id (`str`, *optional*):
-            Id of the environment; None for a class or factory, which has none.
+            Id of the environment, `"package.module:Class"` for a class or factory; None for one that cannot be
+            imported by its name, say of a script.
         env_kwargs (`Mapping`, *optional*):
             Its arguments.
         context, window, max_completion_length, action_stop, exploration, chat_template_kwargs:
@@ -81,7 +84,8 @@ class AgentConfig:
             env, env_kwargs = env.args[0], {**env.keywords, **env_kwargs}
         held = {name: value for name, value in env_kwargs.items() if _is_json(value)}
         left_out = tuple(name for name in env_kwargs if name not in held)
-        return replace(self, env_id=env if isinstance(env, str) else None, env_kwargs=held, left_out=left_out)
+        env_id = env if isinstance(env, str) else _name_of(env)
+        return replace(self, env_id=env_id, env_kwargs=held, left_out=left_out)
 
     def read_by(self, parser: ActionParser) -> AgentConfig:
         """The same with `parser`."""
@@ -189,6 +193,14 @@ def _read(values: Any) -> AgentConfig:
     parser = known.pop("action_parser", {})
     given = {name: parser[name] for name in ("template", "timeout") if name in parser}
     return AgentConfig(**known, action_parser=ActionParser(parser.get("patterns"), **given))
+
+
+def _name_of(factory: Callable[..., Any]) -> str | None:
+    """`"package.module:Class"`, if another program finds the class or factory by that."""
+    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", None)
+    if not module or not name or module == "__main__" or module in PREFIXES:
+        return None
+    return f"{module}:{name}" if getattr(sys.modules.get(module), name, None) is factory else None
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -8,6 +8,7 @@ What `info` tells beyond that (`regret`, `expected_reward`) is for the evaluatio
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .envs.names import close_to
 from .envs.tictactoe import optimal_actions
 from .types import ParsedAction, StopReason, Trajectory, Turn
 
@@ -203,7 +205,8 @@ class ThompsonAgent(BanditAgent):
     def update(self, action: str, reward: float, info: Mapping[str, Any]) -> None:
         if self.prior == "beta" and not 0 <= reward <= 1:
             raise ValueError(
-                f"reward={reward!r} with prior='beta', which needs rewards in [0, 1]. Use prior='gaussian'."
+                f"reward={reward!r}: Thompson sampling with prior='beta' needs rewards in [0, 1]. Use "
+                "prior='gaussian', thompson:prior=gaussian where players are named."
             )
         super().update(action, reward, info)
 
@@ -298,6 +301,11 @@ AGENTS = {
 }
 
 
+def is_scripted(name: str) -> bool:
+    """Whether `name` is a scripted player's, with settings or without."""
+    return name.partition(":")[0] in AGENTS
+
+
 def make_agent(name: str, env: Any = None) -> Agent:
     """
     Makes a scripted player by its name.
@@ -305,7 +313,7 @@ def make_agent(name: str, env: Any = None) -> Agent:
     Args:
         name (`str`):
             `"random"`, `"greedy"`, `"ucb"`, `"thompson"` (bandits), `"linucb"` (contextual bandits) or `"minimax"`
-            (tic-tac-toe).
+            (tic-tac-toe). Arguments may follow: `"thompson:prior=gaussian,sigma=0.5"`.
         env ([`~envs.Bandit`], *optional*):
             What will be played. Thompson sampling takes its prior from how the bandit draws its means and rewards,
             never from the means of an instance. Without it, Thompson sampling is for rewards in [0, 1].
@@ -313,16 +321,38 @@ def make_agent(name: str, env: Any = None) -> Agent:
     Returns:
         [`Agent`]: The player.
     """
-    if name not in AGENTS:
-        raise ValueError(f"Player {name!r} is unknown. Use one of {', '.join(map(repr, AGENTS))}.")
-    env = getattr(env, "unwrapped", env)
-    if name == "thompson" and getattr(env, "distribution", None) == "gaussian":
+    kind, colon, told = name.partition(":")
+    if kind not in AGENTS:
+        hint = close_to(kind, AGENTS)
+        raise ValueError(f"Player {name!r} is unknown.{hint} Use one of {', '.join(map(repr, AGENTS))}.")
+    env, fitting = getattr(env, "unwrapped", env), {}
+    if kind == "thompson" and getattr(env, "distribution", None) == "gaussian":
+        fitting = {"prior": "gaussian", "sigma": env.sigma}
         if env.means == "uniform":  # the moments of U(0, 1)
-            return ThompsonAgent("gaussian", sigma=env.sigma, prior_mean=0.5, prior_std=12**-0.5)
-        if env.means == "normal":
-            return ThompsonAgent("gaussian", sigma=env.sigma, prior_std=env.sigma)
-        return ThompsonAgent("gaussian", sigma=env.sigma)
-    return AGENTS[name]()
+            fitting |= {"prior_mean": 0.5, "prior_std": 12**-0.5}
+        elif env.means == "normal":
+            fitting |= {"prior_std": env.sigma}
+    return AGENTS[kind](**{**fitting, **(_settings(kind, told) if colon else {})})
+
+
+def _settings(kind: str, told: str) -> dict[str, Any]:
+    """The arguments behind a player's name, `prior=gaussian,sigma=0.5`; their defaults say of what type they are."""
+    usual = {name: one.default for name, one in inspect.signature(AGENTS[kind]).parameters.items()}
+    example = next((f"{kind}:{name}={value}" for name, value in usual.items()), kind)
+    settings: dict[str, Any] = {}
+    for part in told.split(","):
+        name, equals, value = part.partition("=")
+        if name not in usual:
+            known = f"Its settings: {', '.join(usual)}; write {example}." if usual else "It has none."
+            raise ValueError(f"Player {kind!r} has no setting {name!r}.{close_to(name, usual)} {known}")
+        if not equals:
+            raise ValueError(f"Player {f'{kind}:{told}'!r} gives {name} no value: write {kind}:{name}={usual[name]}.")
+        type_ = type(usual[name])
+        try:
+            settings[name] = {"true": True, "false": False}[value.lower()] if type_ is bool else type_(value)
+        except (ValueError, KeyError):
+            raise ValueError(f"{name}={value!r} of {kind!r} is no {type_.__name__}: write {example}.") from None
+    return settings
 
 
 def play_episode(env: Any, agent: Agent, *, seed: int, max_turns: int | None = None) -> Trajectory:

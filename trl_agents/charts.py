@@ -61,9 +61,8 @@ def line_chart(
         parts.append(_text(f"{tick:g}", LEFT - 6, up(tick) + 4, "end", "tick"))
     for tick in _ticks(x_low, x_high):
         parts.append(_text(f"{tick:g}", across(tick), HEIGHT - BOTTOM + 17, "middle", "tick"))
-    for name, height in (lines or {}).items():
+    for height in (lines or {}).values():
         parts.append(f'<path class="reference" d="M{LEFT} {up(height):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(_text(name, WIDTH - RIGHT - 4, up(height) + 14, "end", "tick"))
     for number, curve in enumerate(curves.values()):
         colour = f"c{number % N_COLOURS}"
         mean = _points(x, curve["mean"], across, up)
@@ -72,6 +71,8 @@ def line_chart(
             parts.append(f'<path class="band {colour}" d="M{" L".join([*high, *reversed(low)])}Z"/>')
         if len(mean) > 1:
             parts.append(f'<path class="line {colour}" d="M{" L".join(mean)}"/>')
+    for name, height in (lines or {}).items():  # above its line, which curves mostly stay below
+        parts.append(_text(name, WIDTH - RIGHT - 4, up(height) - 5, "end", "tick mark"))
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
     parts.append(_text(x_label, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", "label"))
     turned = f'transform="translate(12 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle"'

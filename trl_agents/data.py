@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .arithmetic import arithmetic_problems, program_opening
+from .envs.names import close_to
 from .question_rows import from_common, from_gsm8k, from_math_qa, from_reft, from_svamp
 from .question_rows import number_text as number_text
 from .question_rows import option_number as option_number
@@ -105,8 +106,11 @@ def load_questions(name: str | Path, split: str = "train", *, numeric: bool = Fa
     else:
         path = Path(name)
         if path.suffix not in _READERS:
-            known = ", ".join([*_HUB, "math_qa_numeric", "arithmetic"])
-            raise ValueError(f"{str(name)!r} is unknown: choose one of {known}, or a file ({', '.join(_READERS)}).")
+            known, files = [*_HUB, "math_qa_numeric", "arithmetic"], ", ".join(_READERS)
+            raise ValueError(
+                f"{str(name)!r} is unknown: choose one of {', '.join(known)}, or a file ({files})."
+                f"{close_to(str(name), known)}"
+            )
         try:
             rows = _READERS[path.suffix](path)
         except (ValueError, csv.Error) as error:  # not text, or not what its name says

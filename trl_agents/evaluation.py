@@ -52,6 +52,8 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
+    __repr__ = __str__  # tables are dictionaries, which print their values by it
+
 
 @dataclass(frozen=True)
 class Score(Interval):

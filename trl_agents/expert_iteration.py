@@ -19,9 +19,9 @@ from .data import as_settings, load_questions, prompt_completion
 from .envs.make import make_env
 from .episodes import LoggedEpisode, best_episodes, log_answers, log_episodes, sample_episodes
 from .evaluation import held_out_seeds, interval, markdown_table, plain_table, play_agents, summarize
-from .plots import plot_accuracy, plot_regret
+from .plots import plot_players
 from .questions import answer_questions, evaluate_answers, load_model
-from .report import add_to_cards, push_stages, report_stages
+from .report import add_to_cards, announce_files, push_stages, report_stages
 from .rewards import Grading
 from .script import argument, check_positive
 from .tiny import make_tiny_model, save_tiny_start
@@ -156,18 +156,14 @@ class PlayTask:
     def report(self, cards: Sequence[str | Path]) -> None:
         """Table, `metrics.json` and picture of all that was measured, also in the model cards of `cards`."""
         table, output_dir = summarize(self.played), Path(self.training_args.output_dir)
-        picture = output_dir / ("regret.png" if "regret" in table else "returns.png")
         if not PartialState().is_main_process:
             return
         (output_dir / "metrics.json").write_text(json.dumps(plain_table(table), indent=2))
         title = f"{len(self.seeds)} held-out episodes"
-        if "regret" in table:
-            plot_regret(self.played, picture, title)
-        else:
-            paid = {name: interval([episode.return_ > 0 for episode in own]) for name, own in self.played.items()}
-            plot_accuracy({"return above 0": paid}, picture, title, "share of episodes")
+        picture = plot_players(self.played, table, output_dir, title)
         add_to_cards(cards, f"{title}, mean [95% interval]:\n\n{markdown_table(table)}", picture)
         print(markdown_table(table))
+        announce_files(output_dir)
         if self.training_args.push_to_hub:
             push_stages(cards, self.training_args)
 

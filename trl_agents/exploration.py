@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .contexts import format_reward
+from .envs.names import close_to
 from .types import ParsedAction
 
 
@@ -299,7 +300,8 @@ def make_exploration(names: str | Sequence[str | Mechanism] | Exploration | None
 def _make(spec: str) -> Mechanism:
     name, given, value = spec.partition("=")
     if name not in MECHANISMS:
-        raise ValueError(f"exploration={spec!r} is unknown: choose of {', '.join(MECHANISMS)}.")
+        hint = close_to(name, MECHANISMS)
+        raise ValueError(f"exploration={spec!r} is unknown: choose of {', '.join(MECHANISMS)}.{hint}")
     try:
         if not given:
             return MECHANISMS[name]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,6 +18,37 @@ from .types import Trajectory
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLOURS = ("#999999", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def plot_players(
+    played: Mapping[str, Sequence[Trajectory]],
+    table: Mapping[str, Mapping[str, Interval]],
+    folder: str | Path,
+    title: str = "",
+) -> Path:
+    """
+    The picture of how well everybody played: `regret.png`, or where the environment tells no regret `returns.png`.
+
+    Args:
+        played (`Mapping[str, Sequence[Trajectory]]`):
+            Episodes of each player.
+        table (`Mapping[str, Mapping[str, Interval]]`):
+            What [`summarize`] says of them.
+        folder (`str` or `Path`):
+            Where it is written.
+        title (`str`, *optional*):
+            What was played.
+
+    Returns:
+        `Path`: the PNG.
+    """
+    if "regret" in table:
+        picture = Path(folder, "regret.png")
+        plot_regret(played, picture, title)
+    else:
+        picture = Path(folder, "returns.png")
+        plot_measures({"return": table.get("return", {})}, picture, title)
+    return picture
 
 
 def plot_regret(played: Mapping[str, Sequence[Trajectory]], path: str | Path, title: str = "") -> None:
@@ -178,7 +210,8 @@ def plot_accuracy(
         ends = np.array([[value.mean - value.low, value.high - value.mean] for value in values.values()]).T
         bars = axes.bar(places, means, 0.92 * width, yerr=ends, color=COLOURS[number + 1], capsize=3, label=measure)
         axes.bar_label(bars, [f"{mean:.0%}" for mean in means], padding=2, fontsize=9)
-    axes.set(ylabel=label, title=title, ylim=(0, None))
+    axes.set(ylabel=label, title=title)
+    _from_zero(axes, [value for values in accuracy.values() for value in values.values()])
     axes.set_xticks(range(len(models)), models)
     axes.legend()
     axes.grid(alpha=0.25, axis="y")
@@ -202,10 +235,10 @@ def plot_measures(
         label (`str`, *optional*, defaults to `"mean"`):
             Name of the axis.
     """
-    figure = Figure(figsize=(max(2.6 * len(table), 4), 4), layout="constrained")
+    models = list(dict.fromkeys(name for values in table.values() for name in values))
+    figure = Figure(figsize=(max(2.6 * len(table), 4, 1.2 * len(models)), 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, len(table), squeeze=False)[0]
-    models = list(dict.fromkeys(name for values in table.values() for name in values))
     for panel, (measure, values) in zip(panels, table.items(), strict=True):
         means = np.array([value.mean for value in values.values()])
         ends = np.array([[value.mean - value.low, value.high - value.mean] for value in values.values()]).T
@@ -216,9 +249,16 @@ def plot_measures(
         panel.set_title(measure, fontsize=10)
         panel.set_xticks(range(len(values)), list(values), rotation=30, ha="right", fontsize=8)
         panel.margins(y=0.12)
+        _from_zero(panel, list(values.values()))
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(label)
     figure.savefig(path, dpi=150)
+
+
+def _from_zero(axes: Any, values: Sequence[Interval]) -> None:
+    """Lets the axis begin at 0 where nothing is below, and end at 1 where all is 0: left to itself it says ±0.06."""
+    if all(min(value.mean, value.low) >= 0 for value in values):
+        axes.set_ylim(0, None if any(max(value.mean, value.high) > 0 for value in values) else 1)
 
 
 def plot_learning_curve(

@@ -20,7 +20,7 @@ from .plots import (
     plot_learning_curve,
     plot_measures,
     plot_outcomes,
-    plot_regret,
+    plot_players,
     plot_returns,
 )
 from .stages import announce
@@ -128,11 +128,13 @@ def report_players(
     table = summarize(played)
     n_played = max(map(len, played.values()))
     trainer.card_results = f"{n_played} held-out episodes, mean [95% interval]:\n\n{markdown_table(table)}\n\n"
-    trainer.card_results += "![Regret by step](regret.png)\n\n![Learning curve](learning_curve.png)"
+    measure = "regret" if "regret" in table else "return"  # an environment of one's own tells no regret
+    picture = "![Regret by step](regret.png)" if measure == "regret" else "![Returns](returns.png)"
+    trainer.card_results += f"{picture}\n\n![Learning curve](learning_curve.png)"
     if trainer.is_world_process_zero():
         (output_dir / "metrics.json").write_text(json.dumps(plain_table(table), indent=2))
-        plot_regret(played, output_dir / "regret.png", title)
-        references = {player: value for player, value in table["regret"].items() if player not in models}
+        plot_players(played, table, output_dir, title)
+        references = {player: value for player, value in table.get(measure, {}).items() if player not in models}
         plot_learning_curve(trainer.state.log_history, output_dir / "learning_curve.png", references=references)
         for player in models:
             episodes = enumerate(played[player][:n_episodes])

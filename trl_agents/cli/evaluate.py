@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..page import describe_env, write_text
@@ -30,7 +31,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """\
 examples:
-  trl-agents eval random ucb thompson
+  trl-agents eval random ucb thompson bold=thompson:prior=gaussian,prior_std=3
   trl-agents eval random ucb before=outputs/grpo_bandit_tiny/warmup after=outputs/grpo_bandit_tiny
   trl-agents eval random minimax Qwen/Qwen3-0.6B --env trl_agents/TicTacToe-v0 --env_kwargs '{"opponent": "optimal"}'
 """
@@ -38,6 +39,7 @@ examples:
 
 _UNTOLD = ("run", "debug", "quiet", "untold", "not_taken", *OWN)  # `metrics.json` has what came of them
 _FREE = ("players", "models", "output_dir", "n_slots", "device")  # may differ when an interrupted evaluation goes on
+_PICTURES = ("regret.png", "measures.png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "players",
         nargs="+",
         metavar="PLAYER",
-        help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table",
+        help="a scripted player, the folder of a model, or a Hub id; LABEL=PLAYER names it in the table, and "
+        "thompson:prior=gaussian,sigma=2 gives a scripted one arguments",
     )
     add_env(parser)
     add_env_kwargs(parser)
@@ -65,6 +68,14 @@ def run(args: argparse.Namespace) -> int:
     folder = writable_folder(args.output_dir)
     settings = {**{name: value for name, value in vars(args).items() if name not in _UNTOLD}, **how.as_dict()}
     common = {name: value for name, value in settings.items() if name not in _FREE}
+    earlier = _earlier(folder)
+    if earlier and any(earlier.get(name) != settings[name] for name in ("players", *common)):
+        what = describe_env(earlier["env"], earlier.get("env_kwargs"))
+        warnings.warn(
+            f"{folder} holds an earlier evaluation, of {', '.join(earlier['players'])} in {what}, which this one "
+            "replaces: keep it by another --output_dir.",
+            stacklevel=2,
+        )
     unfinished = Unfinished(folder, common, settings["models"])
 
     from ..evaluation import held_out_seeds, plain_table, summarize
@@ -98,11 +109,24 @@ def run(args: argparse.Namespace) -> int:
     write_page(folder / "episodes.html", records, title=f"{title}: {', '.join(played)}")
     write_text(folder / "metrics.json", json.dumps({**plain_table(table), "settings": settings}, indent=2) + "\n")
     picture = _plot(played, table, folder, title)
+    for name in _PICTURES:
+        if earlier and name != picture:  # it would be taken for one of this evaluation
+            (folder / name).unlink(missing_ok=True)
     unfinished.delete()
     _show(table, f"{title}, {len(seeds)} held-out episodes, mean [95% interval]")
     written = ", ".join(("metrics.json", picture, "episodes.jsonl", "episodes.html"))
     console().print(f"Written to {folder}{os.sep}: {written}", markup=False)
     return 0
+
+
+def _earlier(folder: Path) -> dict[str, Any] | None:
+    """The settings of the evaluation that is in the folder; None if what is there is something else, or nothing."""
+    try:
+        settings = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["settings"]
+        known = all(isinstance(one, str) for one in (settings["env"], *settings["players"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return settings if known else None
 
 
 def _plot(played: Mapping[str, Any], table: Mapping[str, Mapping[str, Interval]], folder, title: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..agents import AGENTS, make_agent, play_episode
+from ..agents import AGENTS, is_scripted, make_agent, play_episode
 from ..envs.make import make_env
 from ..types import Trajectory
 from .named import close_to
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 
 
 MANY_INVALID = 0.2  # of the replies
+MISTYPED = 0.8  # how much a folder is like a name, from 0 to 1, for the name not to be looked for on the Hub
 
 
 @dataclass(frozen=True)
 class NamedPlayer:
-    """`label` is what tables call the player; `source` a scripted player's name, a folder, or a Hub id."""
+    """`label` is what tables call the player; `source` what [`make_agent`] takes, a folder, or a Hub id."""
 
     label: str
     source: str
 
     @property
     def is_scripted(self) -> bool:
-        return self.source in AGENTS
+        return is_scripted(self.source)
 
 
 def name_player(text: str) -> NamedPlayer:
@@ -49,13 +50,24 @@ def name_player(text: str) -> NamedPlayer:
     Raises:
         `ValueError`: if it can be told without a network that there is no such player.
     """
-    label, _, source = text.rpartition("=")
-    if not label or os.path.exists(text):
-        label, source = "", text
+    label, source = _label_and_source(text)
     player = NamedPlayer(label or text.rstrip("/\\") or text, source)
-    if not player.is_scripted:
+    if player.is_scripted:
+        make_agent(source)  # says what is amiss with its settings
+    else:
         _check_model(source)
     return player
+
+
+def _label_and_source(text: str) -> tuple[str, str]:
+    if os.path.exists(text):
+        return "", text
+    head, colon, settings = text.partition(":")
+    label, _, kind = head.rpartition("=")
+    if colon and (kind in AGENTS or (close_to(kind, AGENTS) and "/" not in settings)):  # settings have an = too
+        return label, f"{kind}:{settings}"
+    label, _, source = text.rpartition("=")
+    return (label, source) if label else ("", text)
 
 
 def name_players(texts: Sequence[str]) -> list[NamedPlayer]:
@@ -82,9 +94,28 @@ def _check_model(source: str) -> None:
         raise ValueError(f"{source} is a file: give the folder of a model, a Hub id, or a player. {scripted}")
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
         siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise ValueError(f"There is no folder {source}, and it is no Hub id.{close_to(source, siblings)} {scripted}")
+        hint = close_to(source, siblings) or close_to(source.partition(":")[0], AGENTS)
+        raise ValueError(f"There is no folder {source}, and it is no Hub id.{hint} {scripted}")
     elif "/" not in source and (hint := close_to(source, AGENTS)):
         raise ValueError(f"There is no player {source!r}.{hint} {scripted} Models are folders or Hub ids.")
+    elif (hint := _close_folders(folder)) and not _is_cached(source):  # the Hub is asked for a minute
+        raise ValueError(
+            f"There is no folder {source}.{hint} (If it is a Hub id, fetch it first: `hf download {source}`.)"
+        )
+
+
+def _close_folders(folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return ""
+    return close_to(folder.name, [str(one) for one in folder.parent.iterdir() if one.is_dir()], cutoff=MISTYPED)
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(
+        isinstance(try_to_load_from_cache(hub_id, name), str) for name in ("config.json", "adapter_config.json")
+    )
 
 
 def load_model(source: str, device: str | None = None, dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
@@ -128,7 +159,7 @@ def _explained(player: NamedPlayer, env_id: str) -> Iterator[None]:
     except KeyError as error:
         raise ValueError(
             f"The player {player.source!r} cannot play {env_id}, which does not tell info[{error}]. Choose another of "
-            f"{', '.join(name for name in AGENTS if name != player.source)}."
+            f"{', '.join(name for name in AGENTS if name != player.source.partition(':')[0])}."
         ) from error
 
 

@@ -16,7 +16,7 @@ HELP = "write a page to read episodes on"
 DESCRIPTION = (
     "Write a static page (one HTML file that needs no network) on which episodes are read turn by turn, searched and\n"
     "filtered. PATH is an episodes file (.jsonl) or the folder of a run, all of whose episodes files are shown; a\n"
-    "folder with diagnostics.json gets its report.html anew as well."
+    "folder with diagnostics.json gets its report.html as well, unless it has one that is up to date."
 )
 EXAMPLES = """\
 examples:
@@ -47,15 +47,23 @@ def run(args: argparse.Namespace) -> int:
         pages.append(_write(output, records, title=str(path)))
         print(f"{len(records)} episode{'' if len(records) == 1 else 's'}: {pages[-1]}")
     if path.is_dir() and (path / "diagnostics.json").exists():
-        from ..diagnostics.report import write_report
-
-        pages.append(write_report([path]))
+        pages.append(_report(path))
         print(f"Report: {pages[-1]}")
     if not pages:
         raise ValueError(f"The folder {args.path} holds no episodes file (.jsonl): give one, or the folder of a run.")
     if args.open:
         webbrowser.open(pages[-1].resolve().as_uri())
     return 0
+
+
+def _report(folder: Path) -> Path:
+    """The report of a diagnosis. One that is up to date may compare with others, which the folder does not know."""
+    report, figures = folder / "report.html", folder / "diagnostics.json"
+    if report.exists() and report.stat().st_mtime_ns >= figures.stat().st_mtime_ns:
+        return report
+    from ..diagnostics.report import write_report
+
+    return write_report([folder])
 
 
 def read_folder(folder: Path) -> list[dict[str, Any]]:

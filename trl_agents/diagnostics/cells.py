@@ -25,8 +25,9 @@ def table(head: Sequence[str], rows: Mapping[str, Sequence[str]], kind: str = "s
 
 
 def breakable(name: str) -> str:
-    """A name whose line may break where a path or an identifier has a joint."""
-    return escape(name).replace("/", "/<wbr>").replace("_", "_<wbr>")
+    """A name whose line breaks between the parts of a path, and within one only where it has no room for that."""
+    parts = [part.replace("_", "_<wbr>") for part in escape(name).split("/")]
+    return "/".join(f"<span>{part}</span>" for part in parts) if len(parts) > 1 else parts[0]
 
 
 def interval(value: Any, form: str = "{:.2f}") -> str:

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..actions import ActionParser
-from ..agents import AGENTS, Agent, RandomAgent, make_agent
+from ..agents import AGENTS, Agent, RandomAgent, is_scripted, make_agent
 from ..contexts import Briefing, make_context
 from ..evaluation import play_agents, play_model
 from ..exploration import Exploration
@@ -329,7 +329,7 @@ def make_player(
     """
     if isinstance(player, (ModelPlayer, AgentPlayer, TextPlayer)):
         return player
-    if isinstance(player, str) and player in AGENTS:
+    if isinstance(player, str) and is_scripted(player):
         env = factory() if factory else None
         agent = make_agent(player, env)
         if env is not None:

@@ -287,7 +287,7 @@ def _frequency_bias(parts: dict[str, Any]) -> str:
             for value in [*curve["mean"], *(curve.get("high") or [])]
             if cells.is_number(value)
         ]
-        height = 1.05 * max([*lines.values(), *top], default=1.0)
+        height = max([1.1 * line for line in lines.values()] + [1.05 * value for value in top], default=1.0)
         labels = {"x_label": "repetitions of the last step", "y_label": "entropy, nats"}
         shown = f"<h3>Entropy of the next action</h3>{line_chart(curves, x, **labels, y_max=height, lines=lines)}"
     sides = []
@@ -361,5 +361,6 @@ def _settings(named: Mapping[str, Mapping[str, Any]]) -> str:
         name: [escape(cells.setting((one.get("settings") or {}).get(name))) for one in named.values()]
         for name in names
     }
+    rows = {name: row for name, row in rows.items() if any(row)}  # None says of nothing how it was
     table = cells.table(["", *named], rows, kind="stacks words") if rows else "<p>None are told.</p>"
     return f'<section id="settings"><h2>Settings</h2>{table}</section>'

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import gymnasium
@@ -101,6 +102,10 @@ def find_factory(env: str) -> Callable[..., Any] | None:
     module, colon, name = env.partition(":")
     if not colon or module in PREFIXES:
         return None
+    if module.endswith(".py") or "/" in module:
+        file = PurePath(module)
+        where = "" if file.parent == PurePath(".") else f", from its folder, {file.parent}"
+        raise ValueError(f"{env!r} names a file: write {file.name.removesuffix('.py')}:{name}{where}.")
     if ":" in name:
         raise ValueError(f"env={env!r} is no id, and not `package.module:Class`: {SUITES}")
     try:

@@ -11,12 +11,12 @@ from typing import Any
 import gymnasium
 
 
-def close_to(name: str, *known: Iterable[str]) -> str:
+def close_to(name: str, *known: Iterable[str], cutoff: float = 0.65) -> str:
     """`" Did you mean ...?"`, if something is close to `name`, else nothing. The first `known` with a match counts."""
     wanted = name.lower().rpartition("/")[2]  # also without a namespace or folder
     for names in known:
         short = {one.lower().rpartition("/")[2]: one for one in sorted(names, key=len, reverse=True)}
-        if matches := difflib.get_close_matches(wanted, short, n=2, cutoff=0.65):
+        if matches := difflib.get_close_matches(wanted, short, n=2, cutoff=cutoff):
             return f" Did you mean {' or '.join(short[match] for match in matches)}?"
     return ""
 
