@@ -13,7 +13,9 @@ from .._trl import check_trl
 from ..actions import ActionParser
 from ..contexts import Briefing
 from ..envs.make import make_env
+from ..envs.names import check_model_source
 from ..exploration import make_exploration
+from ..launch import check_processes
 from ..rollout.faults import checked_reset
 from ..rollout.processes import check_picklable
 from ..rollout.rules import Episode
@@ -40,10 +42,13 @@ def check_run(
         action_parser ([`ActionParser`], *optional*):
             What the trainer will be given.
         **kwargs:
-            Other arguments that the trainer will be given (`reward_funcs`, `train_dataset`, `peft_config`, ...).
+            Other arguments that the trainer will be given (`model` by its name, `reward_funcs`, `train_dataset`,
+            `peft_config`, ...).
     """
     check_trl()
+    check_processes()
     check_arguments("check_run", type(args), kwargs)
+    check_model(kwargs.get("model"))
     if env is None:
         names = ("reward_funcs", "train_dataset", "eval_dataset")
         check_questions(args, *(kwargs.get(name) for name in names), kwargs)
@@ -65,6 +70,21 @@ def check_run(
         args,
         next(iter(dataset)),
     )
+
+
+def check_critic(args: Any, has_critic: bool) -> None:
+    """Raises `ValueError` for settings of PPO without its critic: a group of one has no baseline, and a loss of 0."""
+    if getattr(args, "has_critic", False) and not has_critic:
+        raise ValueError(
+            f"`args` is a `{type(args).__name__}`, whose baseline is a critic's, and this trainer has none: use "
+            "`AgentPPOTrainer`, or pass an `AgentGRPOConfig`."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises `ValueError` for a model's name that is no folder of one, and no Hub id."""
+    if isinstance(model, str):
+        check_model_source(model)
 
 
 def check_types(args: Any, action_parser: Any) -> None:
