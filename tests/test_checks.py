@@ -89,6 +89,32 @@ def test_check_run_asks_for_the_installed_trl(monkeypatch, tmp_path):
         check_run(Pay, make_config(tmp_path))
 
 
+class Rounds(Pay):
+    """In the second round there is nothing but b."""
+
+    def step(self, action):
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, self.steps == self.horizon, False, {**info, "legal_actions": ["b"]}
+
+
+@pytest.mark.parametrize("name", ["exploration_bonus=1", "try_all", "context_randomization"])
+def test_mechanisms_whose_actions_change(tmp_path, name):
+    context = {"context": "window"} if name == "context_randomization" else {}
+    args = make_config(tmp_path / "out", exploration=[name], **context)
+    said = f"exploration={name.partition('=')[0]} needs legal actions that stay the same.*leave it out, or let"
+    for make in (check_run, functools.partial(AgentGRPOTrainer, "no/model")):
+        with pytest.raises(ValueError, match=said):
+            make(env=Rounds, args=args)
+    check_run(Pay, args)
+    broken = make_config(tmp_path / "out", exploration=[name], env_kwargs={"actions": "x"}, **context)
+    check_run(Pay, broken)  # an environment that raises is for the rollout
+
+
+def test_mechanisms_are_named_as_settings_name_them(tmp_path):
+    with pytest.raises(ValueError, match="^context_randomization renders the history anew.*use context='window'"):
+        make_config(tmp_path, exploration=["context_randomization"])
+
+
 PACKAGES = {
     "tensorboard": (None, {"report_to": "tensorboard"}, {}, "pip install tensorboard"),
     "wandb": (None, {"report_to": ["tensorboard", "wandb"]}, {}, "pip install wandb"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,14 +15,18 @@ from ..actions import ActionParser
 from ..contexts import Briefing
 from ..envs.make import make_env
 from ..envs.names import check_model_source
-from ..exploration import make_exploration
+from ..exploration import Exploration, make_exploration
 from ..launch import check_processes
-from ..rollout.faults import checked_reset
+from ..rollout.faults import checked_reset, checked_step
 from ..rollout.processes import check_picklable
 from ..rollout.rules import Episode
 from .agent_grpo_config import AgentGRPOConfig
 from .inputs import check_arguments, check_dataset, check_questions
 from .packages import check_packages
+
+
+# How far an episode is played to see whether its legal actions change.
+PROBED_STEPS = 8
 
 
 def check_run(
@@ -236,9 +241,23 @@ def check_environment(
                 "choose.",
                 stacklevel=3,
             )
+        _check_steady(env, legal_actions, make_exploration(args.exploration))
         return Briefing.of(env)
     finally:
         _close(env)
+
+
+def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Exploration) -> None:
+    """Plays on at random for a few steps where a mechanism needs legal actions that stay the same."""
+    rng = random.Random(0)
+    for _ in range(PROBED_STEPS if exploration.needs_same_actions and legal_actions else 0):
+        try:
+            *_, terminated, truncated, info = checked_step(env.step(rng.choice(legal_actions)))
+        except Exception:  # a rollout survives it
+            return
+        if terminated or truncated:
+            return
+        exploration.check_actions(legal_actions, info.get("legal_actions"))
 
 
 def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
