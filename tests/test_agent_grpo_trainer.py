@@ -417,6 +417,16 @@ def test_an_environment_that_never_works_stops_training(make_trainer):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("context", ["chat", "window"])
+def test_an_episode_without_room_for_a_reply_is_told_first(make_trainer, context):
+    """Two rollouts were played, and the environment was blamed."""
+    trainer = make_trainer(context=context)
+    length = len(trainer.context.begin(trainer.briefing, "", {}).prompt_ids)
+    with pytest.raises(ValueError, match=f"max_episode_length={length} leaves no room.* {length} tokens.*Raise it"):
+        make_trainer(context=context, max_episode_length=length)
+    make_trainer(context=context, max_episode_length=length + 1)
+
+
 def test_an_episode_that_outgrows_the_context_trains_on(make_trainer):
     tokenizer = make_trainer().processing_class
     prompt = len(tokenizer.encode(OPENING.format("")))

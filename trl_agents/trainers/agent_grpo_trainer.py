@@ -36,6 +36,7 @@ from .checks import (
     check_evaluation,
     check_fsdp,
     check_model,
+    check_room,
     check_settings,
     check_types,
 )
@@ -176,7 +177,9 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             eval_dataset = episode_dataset(validation_seeds(args.num_eval_seeds))
         check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
         check_dataset(eval_dataset)
-        self.briefing = check_environment(self.env_factory, self.action_parser, args, next(iter(train_dataset)))
+        self.briefing, *begun = check_environment(
+            self.env_factory, self.action_parser, args, next(iter(train_dataset))
+        )
         if kwargs.get("reward_processing_classes") is not None:
             classes = kwargs["reward_processing_classes"]
             kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
@@ -197,6 +200,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         self.context = make_context(
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
+        check_room(self, self.briefing, *begun)
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
         self.lost_shares = deque(maxlen=3)  # of the latest rollouts' episodes: lost to faults
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's

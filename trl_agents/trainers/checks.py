@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import warnings
@@ -211,15 +212,18 @@ def check_evaluation(trainer: Any, dataset: Any) -> None:
 
 def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
-) -> Briefing:
-    """Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
+) -> tuple[Briefing, str, dict[str, Any]]:
+    """
+    Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run. Returns how it
+    begins: the standing texts, the first observation and its info.
+    """
     if args.env_processes:
         check_picklable(factory)
     row = {**row, "seed": Episode(row["seed"]).seed}
     try:
-        env, info = _start(factory, row)
+        env, observation, info = _start(factory, row)
     except Exception:  # as in a rollout, once is no time
-        env, info = _start(factory, row)
+        env, observation, info = _start(factory, row)
     try:
         if not isinstance(getattr(env, "instructions", None), str):
             raise ValueError(
@@ -242,9 +246,23 @@ def check_environment(
                 stacklevel=3,
             )
         _check_steady(env, legal_actions, make_exploration(args.exploration))
-        return Briefing.of(env)
+        return Briefing.of(env), observation, info
     finally:
         _close(env)
+
+
+def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[str, Any]) -> None:
+    """Raises `ValueError` where `max_episode_length` has no room for a reply to an episode's first question."""
+    limit = trainer.args.max_episode_length
+    if limit is None:
+        return
+    briefing = dataclasses.replace(briefing, instructions=info.get("instructions", briefing.instructions))
+    length = len(trainer.context.begin(briefing, observation, info).prompt_ids)
+    if length >= limit:
+        raise ValueError(
+            f"max_episode_length={limit} leaves no room for a reply: the first question takes {length} tokens with "
+            "the instructions. Raise it, or leave it out for the model's number of positions."
+        )
 
 
 def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Exploration) -> None:
@@ -260,11 +278,12 @@ def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Explor
         exploration.check_actions(legal_actions, info.get("legal_actions"))
 
 
-def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
     env = factory()
     try:
         answer = env.reset(seed=row["seed"], options=row.get("options"))
-        return env, checked_reset(answer)[-1]
+        observation, *_, info = checked_reset(answer)
+        return env, observation, info
     except BaseException as error:
         error.add_note("trl_agents.check_env explains what is wrong with an environment.")
         _close(env)
