@@ -3,8 +3,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -415,6 +417,16 @@ def test_an_environment_that_never_works_stops_training(make_trainer):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.parametrize("context", ["chat", "window"])
+def test_an_episode_without_room_for_a_reply_is_told_first(make_trainer, context):
+    """Two rollouts were played, and the environment was blamed."""
+    trainer = make_trainer(context=context)
+    length = len(trainer.context.begin(trainer.briefing, "", {}).prompt_ids)
+    with pytest.raises(ValueError, match=f"max_episode_length={length} leaves no room.* {length} tokens.*Raise it"):
+        make_trainer(context=context, max_episode_length=length)
+    make_trainer(context=context, max_episode_length=length + 1)
+
+
 def test_an_episode_that_outgrows_the_context_trains_on(make_trainer):
     tokenizer = make_trainer().processing_class
     prompt = len(tokenizer.encode(OPENING.format("")))
@@ -718,6 +730,27 @@ def test_turn_estimator_warns_of_variable_length(make_trainer):
     trainer = make_trainer(acts("s", "abc", "bbb", "cba"), env_kwargs={"actions": "abcs"})
     with pytest.warns(UserWarning, match="between 1 and 3 turns.*advantage_estimator='group'"):
         generate(trainer)
+
+
+def test_unequal_lengths_are_told_once(make_trainer):
+    trainer = make_trainer(acts("s", "abc", "bbb", "cba"), env_kwargs={"actions": "abcs"})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        generate(trainer)
+        trainer.script = acts("sa", "cs", "bs", "cs")  # between 1 and 2
+        generate(trainer)
+    assert sum("advantage_estimator='turn'" in str(each.message) for each in told) == 1
+
+
+def test_a_mechanism_that_leaves_no_choice_is_told_once(make_trainer):
+    """The first action ends each episode, and try_all always plays it."""
+    trainer = make_trainer(env_kwargs={"horizon": 1}, exploration=["try_all"], max_completion_length=40)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        generate(trainer)
+        generate(trainer)
+    (told,) = [str(each.message) for each in told if "in the model's place" in str(each.message)]
+    assert re.match(r"100% of the replies.*exploration=\['try_all'\].*Leave the mechanism out", told)
 
 
 @pytest.mark.filterwarnings("error:advantage_estimator")

@@ -1,7 +1,9 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 import copy
+import functools
 import pickle
 import random
+import sys
 import warnings
 
 import gymnasium
@@ -57,6 +59,16 @@ def step_gives(**changes):
 
 def legal_actions_are(value):
     return reset_gives("Guess!", {"legal_actions": value})
+
+
+class NeedsLength(Guess):
+    def __init__(self, length):
+        self.length = length
+
+
+class CannotBegin(Guess):
+    def __init__(self):
+        self.length = {}["length"]
 
 
 class OldReset(Guess):
@@ -332,3 +344,23 @@ class TestMakeEnv:
     def test_mistakes_in_kwargs_come_through(self):
         with pytest.raises(ValueError, match="horizon=0"):
             make_env("trl_agents/Bandit-v0", horizon=0)
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (NeedsLength, r"TypeError: .*'length'. If it needs arguments, pass `functools.partial\(Class, .*env_kwargs"),
+        (CannotBegin, "KeyError: 'length'"),
+        (lambda: sys.exit(3), "SystemExit: 3"),
+    ],
+)
+def test_what_cannot_be_made_is_explained(env, said):
+    with pytest.raises(ValueError, match=f"The environment could not be made: {said}"):
+        check_env(env)
+    check_env(functools.partial(NeedsLength, 3))
+
+
+def test_a_constructor_that_fails_the_second_time_is_explained():
+    made = [Guess()]
+    with pytest.raises(ValueError, match="could not be made: IndexError: pop from empty list"):
+        check_env(lambda: made.pop())

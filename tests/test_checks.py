@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What is said of settings before there is a model: `check_run`, and warnings of settings that go badly together."""
 
+import functools
 import warnings
 
 import pytest
@@ -54,6 +55,7 @@ def test_check_run_names_the_mistake(tmp_path, mistake):
         ({"num_generations": 0}, "num_generations=0"),
         ({"num_generations": 3}, r"num_generations \(3\).*Use a num_generations that divides.*_batch_size=4"),
         ({"env_kwargs": "[3]"}, r"env_kwargs='\[3\]' must be a dictionary"),
+        ({"env_kwargs": "{n_arms: 5}"}, r"env_kwargs='{n_arms: 5}' is no JSON .*double quotes, '{\"n_arms\": 10}'"),
     ],
 )
 def test_configurations_that_cannot_be(tmp_path, settings, message):
@@ -85,6 +87,32 @@ def test_check_run_asks_for_the_installed_trl(monkeypatch, tmp_path):
     monkeypatch.setattr(checks, "check_trl", refuse)
     with pytest.raises(ImportError, match="too old"):
         check_run(Pay, make_config(tmp_path))
+
+
+class Rounds(Pay):
+    """In the second round there is nothing but b."""
+
+    def step(self, action):
+        observation, reward, _, _, info = super().step(action)
+        return observation, reward, self.steps == self.horizon, False, {**info, "legal_actions": ["b"]}
+
+
+@pytest.mark.parametrize("name", ["exploration_bonus=1", "try_all", "context_randomization"])
+def test_mechanisms_whose_actions_change(tmp_path, name):
+    context = {"context": "window"} if name == "context_randomization" else {}
+    args = make_config(tmp_path / "out", exploration=[name], **context)
+    said = f"exploration={name.partition('=')[0]} needs legal actions that stay the same.*leave it out, or let"
+    for make in (check_run, functools.partial(AgentGRPOTrainer, "no/model")):
+        with pytest.raises(ValueError, match=said):
+            make(env=Rounds, args=args)
+    check_run(Pay, args)
+    broken = make_config(tmp_path / "out", exploration=[name], env_kwargs={"actions": "x"}, **context)
+    check_run(Pay, broken)  # an environment that raises is for the rollout
+
+
+def test_mechanisms_are_named_as_settings_name_them(tmp_path):
+    with pytest.raises(ValueError, match="^context_randomization renders the history anew.*use context='window'"):
+        make_config(tmp_path, exploration=["context_randomization"])
 
 
 PACKAGES = {
@@ -146,3 +174,35 @@ def test_retries_do_not_matter_to_a_critic(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         make_config(tmp_path, AgentPPOConfig, invalid_action="retry")
+
+
+@pytest.mark.parametrize("env", [Pay, None])
+def test_settings_of_ppo_want_its_trainer(tmp_path, env):
+    """Groups of one are compared with themselves: all advantages were 0, and nobody said so."""
+    args = make_config(tmp_path / "out", AgentPPOConfig, num_generations=1)
+    questions = {"reward_funcs": len, "train_dataset": Dataset.from_dict({"prompt": ["?"] * 4})}
+    with pytest.raises(ValueError, match="`AgentPPOConfig`.*use `AgentPPOTrainer`, or pass an `AgentGRPOConfig`"):
+        AgentGRPOTrainer("no/model", env=env, args=args, **({} if env else questions))
+
+
+@pytest.mark.parametrize("env", [Pay, None])
+def test_processes_that_do_not_know_of_each_other(tmp_path, monkeypatch, env):
+    """As accelerate's `use_cpu` leaves them, which no script is told."""
+    questions = {"reward_funcs": len, "train_dataset": Dataset.from_dict({"prompt": ["?"] * 4})}
+    args = make_config(tmp_path / "out")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for make in (check_run, functools.partial(AgentGRPOTrainer, "no/model")):
+        with pytest.raises(ValueError, match=r"2 processes.*counts 1.*--use_cpu true.*AgentGRPOConfig\(use_cpu=True"):
+            make(env=env, args=args, **({} if env else questions))
+
+
+def test_a_model_that_is_nowhere(tmp_path):
+    """transformers takes the path for an id, and says at length that it is none."""
+    (tmp_path / "empty" / "checkpoint-2").mkdir(parents=True)
+    for name, said in (
+        ("nowhere", "There is no folder .*/nowhere, and it is no Hub id"),
+        ("empty", "Did you mean .*-2"),
+    ):
+        for make in (check_run, lambda **kwargs: AgentGRPOTrainer(kwargs.pop("model"), **kwargs)):
+            with pytest.raises(ValueError, match=said):
+                make(env=Pay, args=make_config(tmp_path / "out"), model=str(tmp_path / name))

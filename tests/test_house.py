@@ -40,6 +40,7 @@ LAYERS = [
     (2, ["agent_config"]),
     (2, ["hub", "cards"]),
     (2, ["checkpoints"]),
+    (2, ["launch"]),
     (3, ["_trl"]),
     (3, ["evaluation", "episodes", "expert_data", "plots"]),
     (3, ["questions", "preference_eval", "r1"]),

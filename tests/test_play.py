@@ -299,8 +299,14 @@ class TestLimits:
         assert [turn.penalty for turn in short.turns] == [-5.0]
 
     def test_instructions_that_do_not_fit(self):
-        with pytest.raises(ValueError, match="instructions alone take .* an episode may have 20"):
+        said = "instructions alone take .* an episode may have 20. Raise max_episode_length"
+        with pytest.raises(ValueError, match=said):
             play(bandit, go, [Episode(0)], max_length=20)
+
+    def test_a_first_question_that_does_not_fit(self):
+        (whole,) = play(Steps, go, [Episode(2)])
+        (lost,) = play(Steps, go, [Episode(2)], max_length=len(whole.turns[0].input_ids))
+        assert lost.stop.is_fault and "raise max_episode_length" in lost.error
 
     def test_a_window_does_not_fill_up(self):
         (free,) = play(Steps, go, [Episode(9)], context=WindowContext(tokenizer(), window=1))

@@ -1,6 +1,7 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
 """What the README promises of its own code."""
 
+import functools
 import json
 import re
 import shlex
@@ -9,15 +10,16 @@ from pathlib import Path
 import recipe_runs
 from scripted import save_tiny_model
 
-from trl_agents import AgentGRPOConfig, AgentGRPOTrainer
+from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, tiny
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def code_of(section):
-    """The first block of Python of a section."""
-    return re.search(rf"^## {re.escape(section)}$.*?^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)[1]
+def code_of(section, number=0):
+    """A block of Python of a section."""
+    text = re.search(rf"^## {re.escape(section)}$.*?(?=^## |\Z)", README, re.DOTALL | re.MULTILINE)[0]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[number]
 
 
 def test_an_environment_of_ones_own_trains_as_it_stands_there(tmp_path, monkeypatch):
@@ -55,6 +57,16 @@ def test_a_recipe_trains_on_it(tmp_path):
     assert (folder / "returns.png").exists() and not (folder / "regret.png").exists()
     assert "](returns.png)" in (folder / "README.md").read_text() and (folder / "episodes_after.txt").exists()
     assert result.stdout.splitlines()[-1].startswith("Written to ")
+
+
+def test_it_trains_without_a_gpu_or_a_download(tmp_path, monkeypatch):
+    """As it stands there, but for the length of the run."""
+    environment = code_of("Train on your own environment").partition("\ncheck_env(")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny, "make_tiny_model", functools.partial(tiny.make_tiny_model, n_transcripts=8))
+    monkeypatch.setattr(AgentGRPOConfig, "__init__", small(AgentGRPOConfig.__init__, {"max_steps": 1}))
+    exec(environment + code_of("Train on your own environment", 1), {"__name__": "__main__"})
+    assert (tmp_path / "trainer_output" / "checkpoint-1").is_dir()
 
 
 def small(init, settings):

@@ -2,6 +2,7 @@
 """What recipes share: arguments from a default file, from another, and from the command line over both."""
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -11,10 +12,13 @@ import pytest
 from recipe_runs import RECIPES, parse, recipe
 from trl import ModelConfig, SFTConfig
 
+from trl_agents import script
+from trl_agents.envs import make_env
 from trl_agents.recipe import (
     QuestionArguments,
     as_settings,
     check_positive,
+    check_resumption,
     check_stages,
     machine_settings,
     parse_arguments,
@@ -60,6 +64,86 @@ def test_an_unknown_line_is_told(configs, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipe.py"])
     with pytest.raises(ValueError, match="shotz"):
         parse_arguments(configs / "default.yaml", Arguments)
+
+
+@dataclass
+class OnCpus:
+    use_cpu: bool = False
+    model_name_or_path: str | None = None
+
+
+def says(monkeypatch, capsys, config, typed, *dataclass_types, file="recipe.py"):
+    """The one line that a script's mistake ends it with."""
+    monkeypatch.setattr("sys.argv", [str(file), *typed])
+    with pytest.raises(SystemExit) as ended:
+        run(None, config, *dataclass_types)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+MISTYPED = {
+    "argument": (["--shotz", "3"], r"the command line has an unknown argument, --shotz. Did you mean --shots\?"),
+    "value": (["--shots", "many"], "argument --shots: invalid int value: 'many'"),
+    "file": (
+        ["--config", "{}/othr.yaml"],
+        r"--config .*othr.yaml: there is no such file. Did you mean .*/other.yaml\?",
+    ),
+    "no file": (["--config"], "--config is not followed by a file"),
+    "another recipe's": (
+        ["--config", "{}/their_recipe_tiny.yaml"],
+        r"the YAML has an unknown argument, --seat. \(their_recipe_tiny.yaml is a file of their_recipe.py, and this "
+        r"is recipe.py.\)",
+    ),
+    "no YAML": (["--config", "{}/broken.yaml"], "--config .*broken.yaml: this is no YAML: .* line 2"),
+}
+
+
+@pytest.mark.parametrize("mistyped", MISTYPED)
+def test_what_was_mistyped_is_one_line(configs, monkeypatch, capsys, mistyped):
+    typed, said = MISTYPED[mistyped]
+    for name in ("recipe", "their", "their_recipe"):
+        (configs / f"{name}.py").touch()
+    (configs / "their_recipe_tiny.yaml").write_text("seat: first\n")
+    (configs / "broken.yaml").write_text("shots: [1\n")
+    typed = [argument.format(configs) for argument in typed]
+    line = says(monkeypatch, capsys, configs / "default.yaml", typed, Arguments, file=configs / "recipe.py")
+    assert re.match(f"recipe.py: error: {said}", line)
+
+
+def test_help_names_the_file_too(configs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["recipe.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_arguments(configs / "default.yaml", Arguments)
+    told = capsys.readouterr().out
+    assert told.startswith("usage: recipe.py [--config FILE] [--ARGUMENT VALUE ...]\n") and "--config FILE  " in told
+
+
+def test_a_model_that_is_nowhere_is_one_line(configs, monkeypatch, capsys):
+    (configs / "empty.yaml").write_text("{}")
+    typed = ["--model_name_or_path", str(configs / "nowhere")]
+    line = says(monkeypatch, capsys, configs / "empty.yaml", typed, OnCpus)
+    assert re.match("recipe.py: error: There is no folder .*/nowhere, and it is no Hub id.", line)
+
+
+@pytest.mark.parametrize(
+    ("line", "typed", "used"), [("{}", "", True), ("use_cpu: false", "", False), ("{}", "--use_cpu false", False)]
+)
+def test_several_processes_without_accelerators_take_cpus(configs, monkeypatch, line, typed, used):
+    """Else each of them trains alone, and all into one folder."""
+    (configs / "default.yaml").write_text(line)
+    monkeypatch.setattr("sys.argv", ["recipe.py", *typed.split()])
+    monkeypatch.setattr(script, "check_processes", lambda: None)
+    assert parse_arguments(configs / "default.yaml", OnCpus)[0].use_cpu is False
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert parse_arguments(configs / "default.yaml", OnCpus)[0].use_cpu is used
+
+
+def test_processes_that_train_alone_are_refused(configs, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = says(monkeypatch, capsys, configs / "default.yaml", [], Arguments)
+    assert re.match("recipe.py: error: 2 processes were launched.* counts 1: .*--use_cpu true", line)
 
 
 @dataclass
@@ -223,7 +307,45 @@ def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys):
         assert re.fullmatch(r"some_recipe.py: error: n=0: give more.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("main", [lambda where: int("x"), raises(KeyError("x")), lambda where: json.loads("{")])
+def test_a_package_that_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        ends(monkeypatch, tmp_path, raises(ImportError("report_to='wandb' needs wandb")))
+    assert capsys.readouterr().err == "some_recipe.py: error: report_to='wandb' needs wandb\n"
+
+
+@pytest.mark.parametrize(("typed", "told"), [([], True), (["--env_kwargs", "{}"], False), (["--config=x"], False)])
+def test_who_names_another_environment_hears_where_its_arguments_come_from(tmp_path, monkeypatch, capsys, typed, told):
+    def main(where):
+        sys.argv += typed
+        make_env(object, n_arms=5)
+
+    with pytest.raises(SystemExit):
+        ends(monkeypatch, tmp_path, main)
+    line = capsys.readouterr().err
+    assert "does not take env_kwargs={'n_arms': 5}" in line
+    assert ("They come from" in line and "empty.yaml: `--env_kwargs '{}'` does without." in line) is told
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, True), ("false", False), ("true", False), ("auto", False)])
+def test_a_checkpoint_that_is_not_gone_on_from_is_told(tmp_path, capsys, asked, told):
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "trainer_state.json").write_text("{}")
+    check_resumption(SFTConfig(str(tmp_path), use_cpu=True, bf16=False, resume_from_checkpoint=asked))
+    said = "begins anew, although .* holds checkpoint-8: --resume_from_checkpoint true goes on"
+    assert bool(re.search(said, capsys.readouterr().out)) is told
+    check_resumption(SFTConfig(str(tmp_path / "new"), use_cpu=True, bf16=False))
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda where: int("x"),
+        raises(KeyError("x")),
+        lambda where: json.loads("{"),
+        lambda where: importlib.import_module("nowhere.at_all"),
+    ],
+)
 def test_other_exceptions_keep_their_traceback(tmp_path, monkeypatch, main):
-    with pytest.raises((KeyError, ValueError)):
+    with pytest.raises((KeyError, ValueError, ImportError)):
         ends(monkeypatch, tmp_path, main)

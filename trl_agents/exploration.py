@@ -250,7 +250,7 @@ class Exploration:
         self.max_new_tokens = min(budgets, default=None)
         self.n_samples = max((mechanism.n_samples for mechanism in mechanisms), default=1)
         self.correction = next((mechanism.correction for mechanism in mechanisms if mechanism.correction), None)
-        self.needs_same_actions = ", ".join(type(each).__name__ for each in mechanisms if each.needs_same_actions)
+        self.needs_same_actions = ", ".join(str(each) for each in mechanisms if each.needs_same_actions)
         self.env_kwargs = {name: value for each in mechanisms for name, value in each.env_kwargs.items()}
         self.names = [str(mechanism) for mechanism in mechanisms]
         if self.n_samples > 1 and self.correction:
@@ -261,11 +261,20 @@ class Exploration:
 
     def check_context(self, context: str) -> None:
         """Raises if a mechanism cannot work with what the model reads (`"chat"` or `"window"`)."""
-        stuck = [type(mechanism).__name__ for mechanism in self.mechanisms if mechanism.needs_window]
+        stuck = [str(mechanism) for mechanism in self.mechanisms if mechanism.needs_window]
         if stuck and context != "window":
             raise ValueError(
                 f"{stuck[0]} renders the history anew at every turn, and context={context!r} keeps it as it was "
                 "read: use context='window'."
+            )
+
+    def check_actions(self, at_reset: Sequence[str] | None, now: Sequence[str] | None) -> None:
+        """Raises if a mechanism cannot work with legal actions that are others `now` than when the episode began."""
+        if self.needs_same_actions and now != at_reset:
+            raise ValueError(
+                f"exploration={self.needs_same_actions} needs legal actions that stay the same all episode long, and "
+                "this environment's change from turn to turn: leave it out, or let the environment list all actions "
+                "at every turn."
             )
 
     def force(self, past: Past, rng: random.Random) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from ._trl import GRPOConfig, ModelConfig
-from .checkpoints import find_checkpoint
+from .checkpoints import find_checkpoint, last_checkpoint
 from .data import as_settings, load_questions
 from .envs.make import make_env
 from .hub import Token, stage_repository
@@ -41,10 +41,19 @@ def announce_training(training_args: Any) -> None:
 
 
 def check_resumption(training_args: Any) -> None:
-    """Find the checkpoint to resume from now, for a warm-up that nothing goes on from would be in vain."""
+    """
+    Find the checkpoint to resume from now, for a warm-up that nothing goes on from would be in vain. Tells of one that
+    is not asked for: the run that begins anew replaces it.
+    """
+    asked = training_args.resume_from_checkpoint
     training_args.resume_from_checkpoint = find_checkpoint(
         training_args.resume_from_checkpoint, training_args.output_dir
     )
+    if not asked and (kept := last_checkpoint(training_args.output_dir)):
+        announce(
+            f"This run begins anew, although {training_args.output_dir} holds {Path(kept).name}: "
+            "--resume_from_checkpoint true goes on from it."
+        )
 
 
 def warm_up(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import linecache
@@ -12,14 +13,17 @@ import traceback
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from accelerate import PartialState
 
 from ._trl import TrlParser
 from .checkpoints import NotWritten, last_checkpoint
 from .envs.imported import look_here
+from .envs.names import check_model_source, close_to
+from .launch import check_processes, only_cpus
 from .stages import what_is_kept
 
 
@@ -40,10 +44,70 @@ def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple
         arguments += argument.split("=", 1) if argument.startswith("--config=") else [argument]
     if "--config" not in arguments:
         arguments += ["--config", str(default_config)]
-    parsed = tuple(TrlParser(dataclass_types).parse_args_and_config(arguments))
+    config = _named_config(arguments)
+    parser = _Parser(default_config, dataclass_types)
+    if only_cpus():
+        parser.set_defaults_with_config(use_cpu=True)  # else each process would train alone
+    try:
+        parsed = parser.parse(arguments)
+        for instance in parsed:
+            check_choices(instance)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {config}: this is no YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}{_of_another_recipe(config)}") from error
+    check_processes()
     for instance in parsed:
-        check_choices(instance)
+        if source := getattr(instance, "model_name_or_path", None):
+            check_model_source(source)
     return parsed
+
+
+class _Parser(TrlParser):
+    """TRL's, whose mistakes are a line each, and not below a thousand lines of all arguments there are."""
+
+    def __init__(self, default_config: str | Path, dataclass_types: tuple[type, ...]):
+        super().__init__(dataclass_types, usage="%(prog)s [--config FILE] [--ARGUMENT VALUE ...]")
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            default=argparse.SUPPRESS,  # it is read before, and becomes no argument
+            help=f"YAML of arguments; those of the command line come before it. (default: {default_config})",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def parse(self, arguments: list[str]) -> tuple[Any, ...]:
+        *parsed, of_config, typed = self.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+        for strings, place in ((of_config, "the YAML"), (typed, "the command line")):
+            if strings:
+                name = strings[0].partition("=")[0]
+                known = [option for option in self._option_string_actions if option.startswith("--")]
+                raise ValueError(f"{place} has an unknown argument, {name}.{close_to(name, known)}")
+        return tuple(parsed)
+
+
+def _named_config(arguments: list[str]) -> Path:
+    """The file behind `--config`; raises `ValueError` if there is none."""
+    named = arguments[arguments.index("--config") + 1 :]
+    if not named or named[0].startswith("--"):
+        raise ValueError("--config is not followed by a file: name a YAML of arguments.")
+    config = Path(named[0])
+    if not config.is_file():
+        files = [str(path) for path in config.parent.glob("*.yaml")]
+        raise ValueError(f"--config {config}: there is no such file.{close_to(str(config), files)}")
+    return config
+
+
+def _of_another_recipe(config: Path) -> str:
+    """What explains an error where `config` begins with the name of another script in this one's folder."""
+    script = Path(sys.argv[0])
+    recipes = [path.stem for path in script.parent.glob("*.py") if config.stem.startswith(path.stem)]
+    recipe = max(recipes, key=len, default=script.stem)
+    return f" ({config.name} is a file of {recipe}.py, and this is {script.name}.)" if recipe != script.stem else ""
 
 
 def run(main: Callable[..., None], default_config: str | Path, *dataclass_types: type) -> None:
@@ -67,11 +131,21 @@ def run(main: Callable[..., None], default_config: str | Path, *dataclass_types:
         if PartialState().is_main_process:
             print(f"\nInterrupted. {_how_to_go_on(output_dir)}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, NotWritten) as error:
-        if output_dir is not None and not _is_ours(error, main):
+    except (ValueError, NotWritten, ImportError) as error:
+        parsing = output_dir is None and not isinstance(error, ImportError)
+        if not parsing and not _is_ours(error, main):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        told = f"{error}{_where_from(error, default_config)}"
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(told.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _where_from(error: Exception, default_config: str | Path) -> str:
+    """Who names an environment of their own has not seen the arguments that the recipe's YAML has for another."""
+    typed = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    if "does not take env_kwargs=" not in str(error) or typed & {"--env_kwargs", "--config"}:
+        return ""
+    return f" They come from {default_config}: `--env_kwargs '{{}}'` does without."
 
 
 def _let_gloo_go() -> None:

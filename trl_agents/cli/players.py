@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import functools
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..agents import AGENTS, is_scripted, make_agent, play_episode
 from ..envs.make import make_env
+from ..envs.names import check_model_source
 from ..types import Trajectory
 from .named import close_to
 
@@ -81,24 +81,18 @@ def name_players(texts: Sequence[str]) -> list[NamedPlayer]:
 
 
 def _check_model(source: str) -> None:
-    folder = Path(source).expanduser()
     scripted = f"The scripted players are {', '.join(AGENTS)}."
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-            checkpoints = sorted(folder.glob("**/checkpoint-*"), key=lambda path: path.stat().st_mtime)
-            hint = f" Did you mean {checkpoints[-1]}?" if checkpoints else ""
-            raise ValueError(
-                f"The folder {source} holds no model (neither config.json nor adapter_config.json).{hint}"
-            )
-    elif folder.exists():
-        raise ValueError(f"{source} is a file: give the folder of a model, a Hub id, or a player. {scripted}")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
-        siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        hint = close_to(source, siblings) or close_to(source.partition(":")[0], AGENTS)
-        raise ValueError(f"There is no folder {source}, and it is no Hub id.{hint} {scripted}")
-    elif "/" not in source and (hint := close_to(source, AGENTS)):
+    try:
+        check_model_source(os.path.expanduser(source))
+    except ValueError as error:
+        hint = "" if "Did you mean" in str(error) else close_to(source.partition(":")[0], AGENTS)
+        raise ValueError(f"{error}{hint} {scripted}") from None
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return
+    if "/" not in source and (hint := close_to(source, AGENTS)):
         raise ValueError(f"There is no player {source!r}.{hint} {scripted} Models are folders or Hub ids.")
-    elif (hint := _close_folders(folder)) and not _is_cached(source):  # the Hub is asked for a minute
+    if (hint := _close_folders(folder)) and not _is_cached(source):  # the Hub is asked for a minute
         raise ValueError(
             f"There is no folder {source}.{hint} (If it is a Hub id, fetch it first: `hf download {source}`.)"
         )

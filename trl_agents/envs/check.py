@@ -70,7 +70,7 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
     ```
     """
     can_make = isinstance(env, str) or inspect.isclass(env) or (callable(env) and not hasattr(env, "reset"))
-    first = make_env(env) if can_make else show_through(env)
+    first = _make(env) if can_make else show_through(env)
     _check_signatures(first)
     _check_kind(first, _call("reset() without a seed", first.reset))
 
@@ -84,7 +84,7 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
     if can_make:
         # Trainers play the episodes of one seed side by side, so here two instances take turns: one that draws from a
         # global generator repeats its episode when it is played alone.
-        instances.append(make_env(env))
+        instances.append(_make(env))
         _require(
             innermost(instances[1]) is not innermost(first),
             "The factory gave the same environment twice. Let it make a new one at each call, as a class does: "
@@ -97,6 +97,19 @@ def check_env(env: str | Callable[[], Any] | Any, *, seed: int = 0, max_steps: i
     for instance in instances:
         _call("close()", instance.close)
         _call("close(), called a second time,", instance.close)
+
+
+def _make(env: str | Callable[[], Any]) -> Any:
+    try:
+        return make_env(env)
+    except ValueError:  # which `make_env` explains itself
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"The environment could not be made: {type(error).__name__}: {error}. If it needs arguments, pass "
+            "`functools.partial(Class, argument=...)` here, and them as `env_kwargs` to the trainer; else let its "
+            "constructor not fail."
+        ) from error
 
 
 def innermost(env: Any) -> Any:

@@ -1,11 +1,13 @@
 # Licensed under the Apache License, Version 2.0 (see LICENSE).
-"""What is meant by a name that is not there: environments, and their arguments."""
+"""What is meant by a name that is not there: environments, their arguments, models."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -19,6 +21,23 @@ def close_to(name: str, *known: Iterable[str], cutoff: float = 0.65) -> str:
         if matches := difflib.get_close_matches(wanted, short, n=2, cutoff=cutoff):
             return f" Did you mean {' or '.join(short[match] for match in matches)}?"
     return ""
+
+
+def check_model_source(source: str) -> None:
+    """Raises `ValueError` for what can be told without a network to be neither the folder of a model nor a Hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            checkpoints = sorted(folder.glob("**/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+            hint = f" Did you mean {checkpoints[-1]}?" if checkpoints else ""
+            raise ValueError(
+                f"The folder {source} holds no model (neither config.json nor adapter_config.json).{hint}"
+            )
+    elif folder.exists():
+        raise ValueError(f"{source} is a file: give the folder of a model, or a Hub id.")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
+        siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise ValueError(f"There is no folder {source}, and it is no Hub id.{close_to(source, siblings)}")
 
 
 def unknown_argument(env: str | Callable[..., Any], env_kwargs: dict[str, Any]) -> str:

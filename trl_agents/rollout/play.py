@@ -154,12 +154,7 @@ class Player:
 
     def _begin_turn(self, live: Live) -> End | None:
         """A question is open: name the actions, and answer it without the model where a mechanism says so."""
-        fixed = live.info.get("legal_actions") == live.reset_info.get("legal_actions")
-        if self.exploration.needs_same_actions and not fixed:
-            raise ValueError(
-                f"{self.exploration.needs_same_actions} needs legal actions that stay the same all episode long, and "
-                "this environment's change."
-            )
+        self.exploration.check_actions(live.reset_info.get("legal_actions"), live.info.get("legal_actions"))
         live.names = self.exploration.relabel(live.past, live.chance)
         if live.names:
             self._rename(live)
@@ -227,10 +222,13 @@ class Player:
         length, limit = len(live.reader.prompt_ids), self.rules.max_length
         if (alone := len(self.context.begin(self.briefing, "", {}).prompt_ids)) >= limit:
             raise ValueError(
-                f"The instructions alone take {alone} tokens, and an episode may have {limit}. Use a model with more "
-                "positions, or shorter instructions."
+                f"The instructions alone take {alone} tokens, and an episode may have {limit}. Raise "
+                "max_episode_length, use a model with more positions, or shorter instructions."
             )
-        return f"the first question takes {length} tokens with the instructions, and an episode may have {limit}"
+        return (
+            f"the first question takes {length} tokens with the instructions, and an episode may have {limit}: raise "
+            "max_episode_length, or use a model with more positions"
+        )
 
     def _budget(self, live: Live) -> int:
         if self.rules.max_length is None:

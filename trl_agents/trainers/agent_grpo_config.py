@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -273,6 +274,7 @@ class AgentGRPOConfig(GRPOConfig):
                 f"padding would change the loss. Choose one of {', '.join(TOKEN_LOSSES)}."
             )
         make_exploration(self.exploration).check_context(self.context)
+        self._check_json()
         try:
             super().__post_init__()
         except ValueError as error:
@@ -284,7 +286,9 @@ class AgentGRPOConfig(GRPOConfig):
                 f"{self.steps_per_generation}, or another batch size."
             ) from error
         if self.env_kwargs is not None and not isinstance(self.env_kwargs, dict):
-            raise ValueError(f"env_kwargs={self.env_kwargs!r} must be a dictionary, or JSON of one.")
+            raise ValueError(
+                f"env_kwargs={self.env_kwargs!r} must be a dictionary, or JSON of one: '{{\"n_arms\": 10}}'."
+            )
         if self.invalid_action == "retry" and self.advantage_estimator == "turn" and not self.has_critic:
             warnings.warn(
                 "invalid_action='retry' with advantage_estimator='turn': turn k is compared with turn k of the "
@@ -293,6 +297,19 @@ class AgentGRPOConfig(GRPOConfig):
                 "have as many turns. Use advantage_estimator='group', or invalid_action='random'.",
                 stacklevel=3,
             )
+
+    def _check_json(self) -> None:
+        """Raises `ValueError` for text that `TrainingArguments` is about to read as JSON, and does not say where."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name, None)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{name}={value!r} is no JSON ({error}): write keys and texts in double quotes, "
+                        "'{\"n_arms\": 10}'."
+                    ) from None
 
     @property
     def evaluation_temperature(self) -> float:

@@ -24,12 +24,22 @@ from ..contexts import make_context
 from ..envs.make import make_env
 from ..exploration import make_exploration
 from ..hub import PushesSafely
+from ..launch import check_processes
 from ..rollout.processes import refuse_in_process_of_env
 from ..seeds import validation_seeds
 from ..types import Trajectory
 from .agent_grpo_config import AgentGRPOConfig
 from .card import complete_card
-from .checks import check_environment, check_evaluation, check_fsdp, check_settings, check_types
+from .checks import (
+    check_critic,
+    check_environment,
+    check_evaluation,
+    check_fsdp,
+    check_model,
+    check_room,
+    check_settings,
+    check_types,
+)
 from .credit import CreditingGRPOTrainer
 from .display import show_training
 from .inputs import check_arguments, check_dataset, check_questions
@@ -128,6 +138,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             # Another trainer's may have come since `args` was made, and it is read when the model is loaded
             args.deepspeed_plugin.set_deepspeed_weakref()
         check_arguments(type(self).__name__, AgentGRPOConfig if args is None else type(args), kwargs)
+        check_critic(args, self.has_critic)
+        check_model(model)
         self.plays = env is not None
         if not self.plays:
             if action_parser is not None:
@@ -136,6 +148,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
                 raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
             check_questions(args, reward_funcs, train_dataset, eval_dataset, kwargs)
             if args is not None:
+                check_processes()
                 check_packages(args, kwargs)
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **kwargs)
             self._keep_packing()
@@ -145,6 +158,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
 
         if args is None:
             args = AgentGRPOConfig("agent-grpo")
+        check_processes()
         check_types(args, action_parser)
         self.env_id = env if isinstance(env, str) else None
         self.env_name = env if isinstance(env, str) else getattr(env, "__name__", type(env).__name__)
@@ -163,7 +177,9 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             eval_dataset = episode_dataset(validation_seeds(args.num_eval_seeds))
         check_dataset(train_dataset, args.generation_batch_size // args.num_generations)
         check_dataset(eval_dataset)
-        self.briefing = check_environment(self.env_factory, self.action_parser, args, next(iter(train_dataset)))
+        self.briefing, *begun = check_environment(
+            self.env_factory, self.action_parser, args, next(iter(train_dataset))
+        )
         if kwargs.get("reward_processing_classes") is not None:
             classes = kwargs["reward_processing_classes"]
             kwargs["reward_processing_classes"] = [None, *(classes if isinstance(classes, list) else [classes])]
@@ -184,6 +200,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         self.context = make_context(
             args.context, self.text_tokenizer, self.eos_token_ids, args.chat_template_kwargs, args.window
         )
+        check_room(self, self.briefing, *begun)
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
         self.lost_shares = deque(maxlen=3)  # of the latest rollouts' episodes: lost to faults
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import random
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,13 +15,19 @@ from .._trl import check_trl
 from ..actions import ActionParser
 from ..contexts import Briefing
 from ..envs.make import make_env
-from ..exploration import make_exploration
-from ..rollout.faults import checked_reset
+from ..envs.names import check_model_source
+from ..exploration import Exploration, make_exploration
+from ..launch import check_processes
+from ..rollout.faults import checked_reset, checked_step
 from ..rollout.processes import check_picklable
 from ..rollout.rules import Episode
 from .agent_grpo_config import AgentGRPOConfig
 from .inputs import check_arguments, check_dataset, check_questions
 from .packages import check_packages
+
+
+# How far an episode is played to see whether its legal actions change.
+PROBED_STEPS = 8
 
 
 def check_run(
@@ -40,10 +48,13 @@ def check_run(
         action_parser ([`ActionParser`], *optional*):
             What the trainer will be given.
         **kwargs:
-            Other arguments that the trainer will be given (`reward_funcs`, `train_dataset`, `peft_config`, ...).
+            Other arguments that the trainer will be given (`model` by its name, `reward_funcs`, `train_dataset`,
+            `peft_config`, ...).
     """
     check_trl()
+    check_processes()
     check_arguments("check_run", type(args), kwargs)
+    check_model(kwargs.get("model"))
     if env is None:
         names = ("reward_funcs", "train_dataset", "eval_dataset")
         check_questions(args, *(kwargs.get(name) for name in names), kwargs)
@@ -65,6 +76,21 @@ def check_run(
         args,
         next(iter(dataset)),
     )
+
+
+def check_critic(args: Any, has_critic: bool) -> None:
+    """Raises `ValueError` for settings of PPO without its critic: a group of one has no baseline, and a loss of 0."""
+    if getattr(args, "has_critic", False) and not has_critic:
+        raise ValueError(
+            f"`args` is a `{type(args).__name__}`, whose baseline is a critic's, and this trainer has none: use "
+            "`AgentPPOTrainer`, or pass an `AgentGRPOConfig`."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises `ValueError` for a model's name that is no folder of one, and no Hub id."""
+    if isinstance(model, str):
+        check_model_source(model)
 
 
 def check_types(args: Any, action_parser: Any) -> None:
@@ -186,15 +212,18 @@ def check_evaluation(trainer: Any, dataset: Any) -> None:
 
 def check_environment(
     factory: Callable[[], Any], parser: ActionParser, args: AgentGRPOConfig, row: dict[str, Any]
-) -> Briefing:
-    """Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run."""
+) -> tuple[Briefing, str, dict[str, Any]]:
+    """
+    Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run. Returns how it
+    begins: the standing texts, the first observation and its info.
+    """
     if args.env_processes:
         check_picklable(factory)
     row = {**row, "seed": Episode(row["seed"]).seed}
     try:
-        env, info = _start(factory, row)
+        env, observation, info = _start(factory, row)
     except Exception:  # as in a rollout, once is no time
-        env, info = _start(factory, row)
+        env, observation, info = _start(factory, row)
     try:
         if not isinstance(getattr(env, "instructions", None), str):
             raise ValueError(
@@ -216,16 +245,45 @@ def check_environment(
                 "choose.",
                 stacklevel=3,
             )
-        return Briefing.of(env)
+        _check_steady(env, legal_actions, make_exploration(args.exploration))
+        return Briefing.of(env), observation, info
     finally:
         _close(env)
 
 
-def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[str, Any]) -> None:
+    """Raises `ValueError` where `max_episode_length` has no room for a reply to an episode's first question."""
+    limit = trainer.args.max_episode_length
+    if limit is None:
+        return
+    briefing = dataclasses.replace(briefing, instructions=info.get("instructions", briefing.instructions))
+    length = len(trainer.context.begin(briefing, observation, info).prompt_ids)
+    if length >= limit:
+        raise ValueError(
+            f"max_episode_length={limit} leaves no room for a reply: the first question takes {length} tokens with "
+            "the instructions. Raise it, or leave it out for the model's number of positions."
+        )
+
+
+def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Exploration) -> None:
+    """Plays on at random for a few steps where a mechanism needs legal actions that stay the same."""
+    rng = random.Random(0)
+    for _ in range(PROBED_STEPS if exploration.needs_same_actions and legal_actions else 0):
+        try:
+            *_, terminated, truncated, info = checked_step(env.step(rng.choice(legal_actions)))
+        except Exception:  # a rollout survives it
+            return
+        if terminated or truncated:
+            return
+        exploration.check_actions(legal_actions, info.get("legal_actions"))
+
+
+def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
     env = factory()
     try:
         answer = env.reset(seed=row["seed"], options=row.get("options"))
-        return env, checked_reset(answer)[-1]
+        observation, *_, info = checked_reset(answer)
+        return env, observation, info
     except BaseException as error:
         error.add_note("trl_agents.check_env explains what is wrong with an environment.")
         _close(env)

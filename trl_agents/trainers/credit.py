@@ -30,6 +30,9 @@ from .playing import PlayingGRPOTrainer
 MOSTLY_INVALID = 0.9
 SHOWN = 200
 
+# From which share of forced replies on one is told.
+MOSTLY_FORCED = 0.95
+
 
 class CreditingGRPOTrainer(PlayingGRPOTrainer):
     """`GRPOTrainer` whose rows are episodes, and whose advantages come from the rewards of their turns."""
@@ -37,7 +40,7 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
     reward_statistics: RunningMeanStd  # of all rewards so far, on all processes
     lost_shares: deque[float]  # of the latest rollouts' episodes: lost to faults
     first_faults: Sequence[str] = ()  # of the latest rollout
-    told_of_invalid = False
+    told_of_invalid = told_of_forced = told_of_lengths = False  # each is told once a run
     trajectories: list[Trajectory]  # of the latest rollout, this process's
 
     def roll_out(self, inputs: list[dict[str, Any]]) -> RolloutRows:
@@ -76,9 +79,11 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
         self.record_metrics(metrics)
         if mode == "train":
             self._tell_of_invalid(trajectories, metrics)
+            self._tell_of_forced(metrics)
         lengths = gather_object([len(trajectory.turns) for trajectory in trajectories if not trajectory.stop.is_fault])
         turn_by_turn = not self.has_critic and self.args.advantage_estimator == "turn"
-        if mode == "train" and turn_by_turn and len(set(lengths)) > 1:
+        if mode == "train" and turn_by_turn and len(set(lengths)) > 1 and not self.told_of_lengths:
+            self.told_of_lengths = True
             warnings.warn(
                 f"advantage_estimator='turn' compares turn k with turn k of the group's other episodes, but episodes "
                 f"have between {min(lengths)} and {max(lengths)} turns: the baseline is biased where the policy "
@@ -133,6 +138,21 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
                 "environment's instructions ask for what `action_parser` reads, that replies are long enough for it "
                 f"(max_completion_length={self.args.max_completion_length}), and that the model follows instructions "
                 "(a few steps of SFT teach it).",
+                stacklevel=2,
+            )
+
+    def _tell_of_forced(self, metrics: dict[str, float]) -> None:
+        """Warns once a run, on the main process, if a mechanism wrote nearly all replies of all processes."""
+        share = metrics.get("agents/forced_share", 0.0)
+        if self.told_of_forced or share < MOSTLY_FORCED:
+            return
+        self.told_of_forced = True
+        if self.accelerator.is_main_process:
+            warnings.warn(
+                f"{share:.0%} of the replies of a rollout were written by exploration={self.exploration.names} in the "
+                "model's place, so that it has hardly a choice of its own to learn from. Leave the mechanism out, or "
+                "let it leave more to the model: longer episodes than there are actions with try_all, a smaller "
+                "number with epsilon_greedy.",
                 stacklevel=2,
             )
 
