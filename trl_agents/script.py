@@ -10,6 +10,7 @@ import linecache
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
@@ -25,6 +26,13 @@ from .envs.imported import look_here
 from .envs.names import check_model_source, close_to
 from .launch import check_processes, only_cpus
 from .stages import what_is_kept
+
+
+# Told between libraries about TRL's and transformers' defaults: who runs a recipe can do nothing about them
+NOT_FOR_USERS = {
+    ".*gradient_checkpointing.* is deprecated": FutureWarning,
+    "'pin_memory' argument is set as true but no accelerator": UserWarning,
+}
 
 
 def parse_arguments(default_config: str | Path, *dataclass_types: type) -> tuple[Any, ...]:
@@ -121,6 +129,8 @@ def run(main: Callable[..., None], default_config: str | Path, *dataclass_types:
         default_config, dataclass_types:
             As for [`parse_arguments`].
     """
+    for message, category in NOT_FOR_USERS.items():
+        warnings.filterwarnings("ignore", message, category)
     output_dir = None
     try:
         parsed = parse_arguments(default_config, *dataclass_types)
