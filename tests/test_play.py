@@ -7,6 +7,7 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 from scripted_rollout import Scripted, Steps, bandit, go, ids_of, one_by_one, play, seeds, text_of, tokenizer
 
@@ -230,6 +231,23 @@ class NoActions(Steps):
     def step(self, action):
         self.action = action
         return *super().step(action)[:4], self._info()
+
+
+@pytest.mark.parametrize("luck", [(), (0,), (0, 0, 0), (1,), (0, 1)])
+def test_what_is_played_in_place_of_an_invalid_reply_is_not_what_the_environment_draws(luck):
+    """Evaluation at seed 0 guessed a number right in all episodes: NumPy takes [7, 0] for 7."""
+
+    class Guess(Steps):
+        def reset(self, *, seed=None, options=None):
+            self.number = str(np.random.default_rng(seed).integers(8))
+            return "?", {"legal_actions": list("01234567")}
+
+        def step(self, action):
+            return "", float(action == self.number), True, False, {"legal_actions": list("01234567")}
+
+    trajectories = play(Guess, lambda prompt: "I do not know.", [Episode(seed, luck) for seed in range(64)])
+    assert all(not turn.parsed.is_valid for trajectory in trajectories for turn in trajectory.turns)
+    assert sum(turn.reward for trajectory in trajectories for turn in trajectory.turns) < 24  # 8 by chance
 
 
 class TestWithoutLegalActions:

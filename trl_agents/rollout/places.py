@@ -24,6 +24,9 @@ from .workers import EnvPool
 # Each episode is begun at most twice, and at most two others from the same seed take its place.
 STARTS, REPLACEMENTS = 2, 2
 
+# Any number but 0
+OWN = 1_000_003
+
 
 @dataclass(frozen=True, slots=True)
 class End:
@@ -88,7 +91,9 @@ class Places:
     def _begin(self, slot: int, index: int, episode: Episode, start: int = 0) -> None:
         luck = [episode.seed % 2**32, *episode.luck]
         luck += [start // STARTS] if start >= STARTS else []
-        rng, chance = np.random.default_rng(luck), random.Random(str([int(part) for part in luck]))
+        chance = random.Random(str([int(part) for part in luck]))
+        # NumPy pads seeds with zeros: luck of zeros alone would be the environment's own, and guess what it draws
+        rng = np.random.default_rng(luck if any(luck[1:]) else [*luck, OWN])
         self.live[slot] = Live(slot, index, episode, rng, chance, self.bar.turn, start)
         self.pool.reset(slot, episode.seed, copy.deepcopy(episode.options))  # it may be begun again
 
