@@ -250,6 +250,13 @@ def test_what_is_played_in_place_of_an_invalid_reply_is_not_what_the_environment
     assert sum(turn.reward for trajectory in trajectories for turn in trajectory.turns) < 24  # 8 by chance
 
 
+def test_zeros_at_the_end_of_luck_change_nothing():
+    """So that one evaluation is another's, whatever asks for it: a trainer's, a command's."""
+    unparsed = [play(bandit, lambda prompt: "?", [Episode(5, luck)])[0] for luck in [(0,), (0, 0, 0), (3,), (3, 0, 0)]]
+    actions = [[turn.executed for turn in trajectory.turns] for trajectory in unparsed]
+    assert actions[0] == actions[1] and actions[2] == actions[3]
+
+
 class TestWithoutLegalActions:
     def test_any_action_is_passed_on(self):
         (trajectory,) = play(NoActions, one_by_one("ACTION=open the door", "ACTION=look"), [Episode(2)])

@@ -92,8 +92,8 @@ class Places:
         luck = [episode.seed % 2**32, *episode.luck]
         luck += [start // STARTS] if start >= STARTS else []
         chance = random.Random(str([int(part) for part in luck]))
-        # NumPy pads seeds with zeros: luck of zeros alone would be the environment's own, and guess what it draws
-        rng = np.random.default_rng(luck if any(luck[1:]) else [*luck, OWN])
+        # NumPy pads seeds with zeros: luck of zeros, however many, would be the environment's own, and guess its draws
+        rng = np.random.default_rng(luck if any(luck[1:]) else [luck[0], OWN])
         self.live[slot] = Live(slot, index, episode, rng, chance, self.bar.turn, start)
         self.pool.reset(slot, episode.seed, copy.deepcopy(episode.options))  # it may be begun again
 
