@@ -266,7 +266,8 @@ SMALL_REFT += [
 METHODS = ["sft", "offline_st", "online_st", "reft", "reft_no_partial", "reft_no_kl", "reft_separate_critic"]
 
 
-@pytest.mark.parametrize("style", [pytest.param("words", marks=pytest.mark.slow), "program"])
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ["words", "program"])
 def test_reft_compares_all_methods(tmp_path, style):
     arguments = ["reft.py", "--output_dir", tmp_path, "--style", style, *SMALL_REFT, "--methods", *METHODS]
     result = run(*arguments)
