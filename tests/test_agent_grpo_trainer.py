@@ -15,7 +15,6 @@ import pytest
 import torch
 from datasets import Dataset
 from launching import free_port, let_gloo_go_at_exit
-from packaging.specifiers import SpecifierSet
 from peft import LoraConfig
 from scripted import (
     Pay,
@@ -32,7 +31,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer
-from trl_agents._trl import check_trl, release
 from trl_agents.batch import rows_of
 from trl_agents.tiny import tiny_model
 from trl_agents.trainers.agent_grpo_trainer import episode_dataset
@@ -756,58 +754,6 @@ def test_a_mechanism_that_leaves_no_choice_is_told_once(make_trainer):
 @pytest.mark.filterwarnings("error:advantage_estimator")
 def test_turn_estimator_does_not_warn_of_equal_length(make_trainer):
     generate(make_trainer(acts(*SCRIPT)))
-
-
-# -- the installed TRL ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("version", ["0.17.0", "1.13.0", "1.17.0", "2.0.0"])
-def test_other_releases_of_trl_are_refused(version):
-    with pytest.raises(ValueError, match=f"trl {version} is installed.*pip install"):
-        check_trl(version=version)
-
-
-def test_another_trl_is_told_before_anything_it_lacks(tmp_path):
-    """A release without what we import must not fail at the import."""
-    (tmp_path / "trl").mkdir()
-    (tmp_path / "trl" / "__init__.py").write_text("__version__ = '0.20.0'")
-    code = "from trl_agents import AgentGRPOTrainer"
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
-    assert "trl 0.20.0 is installed" in result.stderr.splitlines()[-1]
-
-
-def test_patch_releases_of_trl_pass():
-    check_trl(version="1.16.3")
-
-
-def test_a_trl_for_gpus_alone_is_refused_without_one(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ImportError, match=r"trl 1.15.0 trains on GPUs alone.*!=1.15"):
-        check_trl(version="1.15.0")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    check_trl(version="1.15.0")
-
-
-def test_a_trl_that_moved_its_methods_is_refused():
-    class Renamed(GRPOTrainer):
-        _generate_and_score_completions = None
-
-    class Changed(GRPOTrainer):
-        def _calculate_rewards(self, batch):
-            pass
-
-    for moved, name in ((Renamed, "_generate_and_score_completions"), (Changed, "_calculate_rewards")):
-        with pytest.raises(ImportError, match=f"has moved `{moved.__name__}.{name}`.*pip install"):
-            check_trl(moved)
-
-
-def test_the_trainer_asks_first(monkeypatch, make_trainer, tmp_path):
-    monkeypatch.setattr(release, "SUPPORTED_TRL", SpecifierSet("<1"))
-    with pytest.raises(ImportError, match="trl-agents works with trl<1"):
-        make_trainer()
-    assert not (tmp_path / "out").exists()
 
 
 # -- several processes ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import trl
 
 
 # What stands on the seam: both trainers, what is asked before them, reward models, and SFT inside recipes
-TESTS = ["test_agent_grpo_trainer.py", "ppo", "test_checks.py", "test_reward_model.py"]
+TESTS = ["test_agent_grpo_trainer.py", "test_installed_trl.py", "ppo", "test_checks.py", "test_reward_model.py"]
 RECIPES = ["test_r1.py", "test_expert_iteration.py"]
 
 # trl 1.15 computes log-probabilities by a Triton kernel alone. CPU builds of PyTorch come without Triton, whose
