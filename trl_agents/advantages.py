@@ -128,7 +128,7 @@ def whiten(
             Moments to whiten by, from [`combine_moments`] in a distributed run.
 
     Returns:
-        `torch.Tensor` of the same shape. Equal values become 0.
+        `torch.Tensor` of the same shape. Equal values become 0, without `shift_mean` they stay.
     """
     count, mean, squares = masked_moments(values, mask) if moments is None else moments
     variance = squares / (count - int(unbiased)).clamp(min=1)

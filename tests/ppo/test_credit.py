@@ -43,6 +43,14 @@ def test_the_score_is_on_the_last_action_and_the_kl_on_every_one(make_trainer, k
     assert trainer._metrics["train"]["agents/kl_mean"] == [pytest.approx(0.1)] * 2
 
 
+def test_the_kl_is_of_what_could_be_scored(make_trainer):
+    """`kl_target` adapts to it: an answer that counts as no episode may not add to the KL of the others."""
+    trainer = golden_trainer(make_trainer, beta=0.05)
+    logps = {"old_per_token_logps": torch.full((2, 3), -1.0), "ref_per_token_logps": torch.full((2, 3), -1.1)}
+    credited(trainer, [1.0, math.nan], answers(GOLDEN, GOLDEN, **logps))
+    assert trainer._metrics["train"]["agents/kl_mean"] == [pytest.approx(0.3)]
+
+
 def test_returns_are_of_the_raw_advantages(make_trainer):
     raw = credited(golden_trainer(make_trainer), [1.0], answers(GOLDEN))
     white = credited(golden_trainer(make_trainer, whiten_advantages=True), [1.0], answers(GOLDEN))

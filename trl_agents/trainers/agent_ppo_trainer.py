@@ -285,8 +285,9 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             "agents/value_explained_variance": explained_variance(values, returns, mask),
         }
         if kl is not None:
-            # Of the episodes that weigh something
-            sums = torch.tensor([kl.sum().item(), steps.mask.any(dim=1).sum().item()], device=device)
+            # Of the episodes that weigh something: an answer that nothing could score is in neither sum
+            spent = kl[steps.index != NO_TURN].sum()
+            sums = torch.tensor([spent.item(), steps.mask.any(dim=1).sum().item()], device=device)
             total, number = self.accelerator.reduce(sums, reduction="sum").tolist()
             number = max(number, 1.0)
             metrics |= {"agents/kl_mean": total / number, "agents/kl_coef": self.beta}
