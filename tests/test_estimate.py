@@ -381,6 +381,30 @@ def test_an_environment_says_how_long_its_episodes_are(context):
     assert len(measure_reading("trl_agents/Bandit-v0", {"horizon": 7}, context, max_turns=3).turns) == 3
 
 
+class Unlisted:
+    """Asks four times, and says of no action that it is legal."""
+
+    instructions = "Say something."
+
+    def reset(self, *, seed=None, options=None):
+        self.left = 4
+        return "Well?", {}
+
+    def step(self, action):
+        self.left -= 1
+        return "And?", 0.0, self.left == 0, False, {}
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("context", ["chat", "window"])
+def test_turns_that_cannot_be_played_at_random(context):
+    with pytest.raises(ValueError, match="lists no actions .*--turns"):
+        measure_reading("test_estimate:Unlisted", {}, context)
+    assert len(measure_reading("test_estimate:Unlisted", {}, context, max_turns=4).turns) == 4
+
+
 # -- what is said -----------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,13 +66,6 @@ def fit_reward_model(
     pace = {"epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
     adapters = (adapters or StageAdapters()).of_reward_model()
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        warnings.warn(
-            f"The tokenizer of {str(model)!r} pads with its end-of-sequence token, which the reward model will take "
-            "for padding: replies that end and replies that were cut off get the same score. Give it a `pad_token` of "
-            "its own.",
-            stacklevel=2,
-        )
     trainer = RewardTrainer(
         str(model),
         stage_config(RewardConfig, output_dir, len(dataset), **pace, **adapters.config, **reward_kwargs),
@@ -97,7 +89,9 @@ def score_answers(
     progress: bool = False,
 ) -> list[list[float]]:
     """
-    What a reward model thinks of each answer.
+    What a reward model thinks of each answer, read as it was trained: with the end-of-sequence token after it. So an
+    answer that ran out of tokens is scored as if it had ended there; `missing_eos_reward` and `missing_eos_penalty` of
+    [`AgentPPOConfig`] tell the two apart.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -146,8 +140,8 @@ def get_model_reward(
     """
     A reward model as a reward function in TRL's form, for any trainer.
 
-    It reads what the model was trained on, the end-of-sequence token included, where TRL's own way (the model itself
-    in `reward_funcs`) leaves it out.
+    It reads what the model was trained on, the end-of-sequence token included, also after a completion that was cut
+    off (see [`score_answers`]), where TRL's own way (the model itself in `reward_funcs`) leaves it out.
 
     Args:
         model ([`~transformers.PreTrainedModel`]), tokenizer, batch_size:

@@ -104,13 +104,19 @@ def measure_reading(
             Most turns.
         n_episodes (`int`, *optional*, defaults to `4`):
             How many.
+
+    Raises:
+        `ValueError`: if the environment lists no actions to play at random, and `max_turns` does not tell how many
+            turns an episode has instead. (All of them are then as long as the last one that could be read.)
     """
-    played = [_play(env, env_kwargs, context, window, max_turns or MOST_TURNS, seed) for seed in range(n_episodes)]
+    played = [_play(env, env_kwargs, context, window, max_turns, seed) for seed in range(n_episodes)]
     return max(played, key=lambda reading: (len(reading.turns), sum(reading.turns)))
 
 
-def _play(env: str, env_kwargs: Mapping[str, Any], context: str, window: int | None, most: int, seed: int) -> Reading:
-    made, luck = make_env(env, **env_kwargs), random.Random(seed)
+def _play(
+    env: str, env_kwargs: Mapping[str, Any], context: str, window: int | None, max_turns: int | None, seed: int
+) -> Reading:
+    made, luck, most = make_env(env, **env_kwargs), random.Random(seed), max_turns or MOST_TURNS
     try:
         briefing = Briefing.of(made)
         observation, info = made.reset(seed=seed)
@@ -119,6 +125,13 @@ def _play(env: str, env_kwargs: Mapping[str, Any], context: str, window: int | N
         for step in range(min(most, MOST_TURNS)):
             legal = info.get("legal_actions")
             if not legal:
+                if max_turns is None:
+                    raise ValueError(
+                        f"{env!r} lists no actions (info['legal_actions']), so that its episodes cannot be measured "
+                        "by playing at random: say how many turns they have, by --turns."
+                    )
+                texts += texts[-1:] * (most - len(texts))
+                prompts += prompts[-1:] * (most - len(prompts))
                 break
             action, before = luck.choice(list(legal)), observation
             observation, reward, terminated, truncated, info = made.step(action)
