@@ -229,7 +229,7 @@ def test_an_environment_that_breaks(tmp_path):
     ("arguments", "message"),
     [
         (("no/such/model", ENV), "No model could be loaded from 'no/such/model'"),
-        (("uxb", ENV), "Did you mean the scripted player 'ucb'"),
+        (("uxb", ENV), "Did you mean ucb"),
         ((3, ENV), "player=3 is no player"),
         (("ucb", "trl_agents/Bandid-v0"), "No environment could be made from the id 'trl_agents/Bandid-v0'"),
         (("ucb", "trl_agents/TicTacToe-v0"), "does not take env_kwargs={'horizon': 6}"),

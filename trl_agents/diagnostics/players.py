@@ -14,7 +14,6 @@ import inspect
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..actions import ActionParser
 from ..agents import AGENTS, Agent, RandomAgent, is_scripted, make_agent
 from ..contexts import Briefing, make_context
+from ..envs.names import close_to
 from ..evaluation import play_agents, play_model
 from ..exploration import Exploration
 from ..rollout.generation import BatchBackend, Reply, end_of_reply_ids, positions_of
@@ -357,11 +357,9 @@ def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
-        close = get_close_matches(path, AGENTS, n=1)
-        meant = f" Did you mean the scripted player {close[0]!r}?" if close else ""
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"No model could be loaded from {path!r} ({first}).{meant} Give a folder with a saved model and its "
-            f"tokenizer, an id on the Hub, or one of the scripted players: {', '.join(AGENTS)}."
+            f"No model could be loaded from {path!r} ({first}).{close_to(path, AGENTS)} Give a folder with a saved "
+            f"model and its tokenizer, an id on the Hub, or one of the scripted players: {', '.join(AGENTS)}."
         ) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..rollout.attention import attending
 from ..rollout.cache import cache_argument
+from ..rollout.generation import common_prefix_length
 from ..rollout.slots import SlotModel
 
 
@@ -203,7 +204,7 @@ class _TreeReader(SlotModel):
 
     def _blocks(self, tree: _Tree, trunk: list[int], asked: dict[int, list[int]], block: int) -> Any:
         """What to read, pass by pass: (nodes, column of the first). The trunk first, then what branches off it."""
-        known = _common_prefix_length(self.trunk, [tree.tokens[node] for node in trunk])
+        known = common_prefix_length(self.trunk, [tree.tokens[node] for node in trunk])
         self.trunk = []  # should this be interrupted, the columns hold a mixture
         # A node whose logits are wanted is read again
         known = min([known, *(tree.depths[node] for node in trunk if node in asked)])
@@ -281,8 +282,3 @@ class _TreeReader(SlotModel):
                 logits_to_keep=keep,
             )
         return output.logits[0] if output.logits.shape[1] == len(keep) else output.logits[0, keep]
-
-
-def _common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
-    size = min(len(left), len(right))
-    return next((place for place in range(size) if left[place] != right[place]), size)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import sysconfig
@@ -12,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from .names import close_to
 
 
 def look_here() -> None:
@@ -49,9 +50,7 @@ def import_object(path: str) -> Callable[..., Any]:
     where = f"{module!r} ({getattr(found, '__file__', None) or 'built in'})"
     for part in name.split("."):
         if not hasattr(found, part):
-            known = {one.lower(): one for one in dir(found) if not one.startswith("_")}
-            close = [known[one] for one in difflib.get_close_matches(part.lower(), known, n=2)]
-            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            hint = close_to(part, [one for one in dir(found) if not one.startswith("_")])
             raise ValueError(f"{path!r} is not `package.module:Class`: the module {where} has no {name!r}.{hint}")
         found = getattr(found, part)
     if not callable(found):

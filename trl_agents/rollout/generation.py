@@ -8,7 +8,7 @@ what a slot has in common with its previous prompt is the backend's to exploit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -164,7 +164,7 @@ class SlotBackend:
             raise ValueError("the prompt is empty: there is nothing to answer to")
         cached = state.ids[: state.n_cached]
         if prompt_ids[: len(cached)] != cached:
-            cached = cached[: _common_prefix_length(cached, prompt_ids)]
+            cached = cached[: common_prefix_length(cached, prompt_ids)]
         # The last token is always fed by `step`, whose logits sample the reply
         state.n_cached = min(len(cached), len(prompt_ids) - 1)
         state.ids, state.n_prompt = list(prompt_ids), len(prompt_ids)
@@ -346,7 +346,8 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _common_prefix_length(left: list[int], right: list[int]) -> int:
+def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
     size = min(len(left), len(right))
     differ = np.asarray(left[:size]) != np.asarray(right[:size])
     return int(differ.argmax()) if differ.any() else size
