@@ -39,6 +39,7 @@ from .checks import (
     check_room,
     check_settings,
     check_types,
+    check_unplayed,
 )
 from .credit import CreditingGRPOTrainer
 from .display import show_training
@@ -142,10 +143,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         check_model(model)
         self.plays = env is not None
         if not self.plays:
-            if action_parser is not None:
-                raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
-            if getattr(args, "exploration", None):
-                raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
+            check_unplayed(args, action_parser)
             check_questions(args, reward_funcs, train_dataset, eval_dataset, kwargs)
             if args is not None:
                 check_processes()

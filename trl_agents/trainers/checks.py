@@ -55,7 +55,9 @@ def check_run(
     check_processes()
     check_arguments("check_run", type(args), kwargs)
     check_model(kwargs.get("model"))
+    check_separate_critic(args, kwargs.get("model"), kwargs)
     if env is None:
+        check_unplayed(args, action_parser)
         names = ("reward_funcs", "train_dataset", "eval_dataset")
         check_questions(args, *(kwargs.get(name) for name in names), kwargs)
         check_packages(args, kwargs)
@@ -85,6 +87,28 @@ def check_critic(args: Any, has_critic: bool) -> None:
             f"`args` is a `{type(args).__name__}`, whose baseline is a critic's, and this trainer has none: use "
             "`AgentPPOTrainer`, or pass an `AgentGRPOConfig`."
         )
+
+
+def check_separate_critic(args: Any, model: Any, kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` for an adapter beside a second trunk. `kwargs` are the trainer's other arguments."""
+    if getattr(args, "separate_critic", False) and has_adapter(model, kwargs):
+        raise ValueError(
+            "separate_critic=True trains a second trunk in full, which adapters are there to avoid: leave out "
+            "`separate_critic`, or the adapter."
+        )
+
+
+def has_adapter(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an adapter is trained: the model's own, or one among the trainer's other arguments."""
+    return kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+
+
+def check_unplayed(args: Any, action_parser: Any) -> None:
+    """Raises `ValueError` for what would have no effect without an environment."""
+    if action_parser is not None:
+        raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
+    if getattr(args, "exploration", None):
+        raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
 
 
 def check_model(model: Any) -> None:
@@ -127,9 +151,14 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
         raise ValueError(
             "remove_unused_columns=True would remove the dataset's column 'seed'. Use False with an environment."
         )
-    with_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+    for name in ("missing_eos_reward", "missing_eos_penalty"):
+        if (value := getattr(args, name, None)) is not None:
+            raise ValueError(
+                f"{name}={value} has no effect on episodes, which their environment pays: leave it out. A reply that "
+                "ran out of tokens before its action costs `invalid_action_penalty`."
+            )
     in_memory = not (model is None or isinstance(model, str) or model.config.name_or_path)
-    if args.beta != 0.0 and not with_adapter and in_memory:
+    if args.beta != 0.0 and not has_adapter(model, kwargs) and in_memory:
         raise ValueError(
             f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
             "one was made in memory. Save it and pass the folder, or use beta=0.0."
