@@ -110,6 +110,30 @@ def test_mechanisms_whose_actions_change(tmp_path, name):
     check_run(Pay, broken)  # an environment that raises is for the rollout
 
 
+class Forgets(Pay):
+    """Lists its actions when an episode begins, and never again."""
+
+    def step(self, action):
+        return *super().step(action)[:-1], {}
+
+
+CHOOSING = ["try_all", "epsilon_greedy", "context_randomization", "context_summary", "exploration_bonus"]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize(("env", "actions"), [(Pay, ""), (Forgets, "abc")])
+def test_mechanisms_without_actions(tmp_path, name, env, actions):
+    """They had nothing to choose from, did nothing, and said nothing."""
+    settings = {"exploration": ["self_correction", name], "env_kwargs": {"actions": actions}, "context": "window"}
+    said = f"exploration={name} .* legal actions, and this environment lists none.*leave it out, or let"
+    refuse(tmp_path, said, AgentGRPOConfig, settings, env=env)
+
+
+def test_mechanisms_that_do_without_actions(tmp_path):
+    kinds = ["self_correction", "thinking_budget=8"]
+    check_run(Pay, make_config(tmp_path, exploration=kinds, env_kwargs={"actions": ""}, invalid_action="end"))
+
+
 def test_mechanisms_are_named_as_settings_name_them(tmp_path):
     with pytest.raises(ValueError, match="^context_randomization renders the history anew.*use context='window'"):
         make_config(tmp_path, exploration=["context_randomization"])

@@ -265,6 +265,8 @@ def check_environment(
                     f"{type(env).__name__}.{name} is {getattr(env, name)!r}: make it a text, or leave it out."
                 )
         legal_actions = info.get("legal_actions")
+        exploration = make_exploration(args.exploration)
+        exploration.check_actions(legal_actions, legal_actions)
         if legal_actions:
             parser.check_legal_actions(legal_actions)
         elif args.invalid_action == "random":
@@ -274,7 +276,7 @@ def check_environment(
                 "choose.",
                 stacklevel=3,
             )
-        _check_steady(env, legal_actions, make_exploration(args.exploration))
+        _check_steady(env, legal_actions, exploration)
         return Briefing.of(env), observation, info
     finally:
         _close(env)
@@ -295,16 +297,17 @@ def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[st
 
 
 def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Exploration) -> None:
-    """Plays on at random for a few steps where a mechanism needs legal actions that stay the same."""
-    rng = random.Random(0)
-    for _ in range(PROBED_STEPS if exploration.needs_same_actions and legal_actions else 0):
+    """Plays on at random for a few steps where a mechanism needs legal actions."""
+    rng, now = random.Random(0), legal_actions
+    for _ in range(PROBED_STEPS if exploration.needs_actions else 0):
         try:
-            *_, terminated, truncated, info = checked_step(env.step(rng.choice(legal_actions)))
+            *_, terminated, truncated, info = checked_step(env.step(rng.choice(now)))
         except Exception:  # a rollout survives it
             return
         if terminated or truncated:
             return
-        exploration.check_actions(legal_actions, info.get("legal_actions"))
+        now = info.get("legal_actions")
+        exploration.check_actions(legal_actions, now)
 
 
 def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
