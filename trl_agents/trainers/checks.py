@@ -8,7 +8,7 @@ import functools
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing
 from typing import Any
 
 from .._trl import check_trl
@@ -18,8 +18,8 @@ from ..envs.make import make_env
 from ..envs.names import check_model_source
 from ..exploration import Exploration, make_exploration
 from ..launch import check_processes
-from ..rollout.faults import checked_reset, checked_step
-from ..rollout.processes import check_picklable
+from ..rollout.probe import Begun, Probe
+from ..rollout.processes import refuse_in_process_of_env
 from ..rollout.rules import Episode
 from .agent_grpo_config import AgentGRPOConfig
 from .inputs import check_arguments, check_dataset, check_questions
@@ -51,6 +51,7 @@ def check_run(
             Other arguments that the trainer will be given (`model` by its name, `reward_funcs`, `train_dataset`,
             `peft_config`, ...).
     """
+    refuse_in_process_of_env()
     check_trl()
     check_processes()
     check_arguments("check_run", type(args), kwargs)
@@ -246,40 +247,37 @@ def check_environment(
     Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run. Returns how it
     begins: the standing texts, the first observation and its info.
     """
-    if args.env_processes:
-        check_picklable(factory)
-    row = {**row, "seed": Episode(row["seed"]).seed}
-    try:
-        env, observation, info = _start(factory, row)
-    except Exception:  # as in a rollout, once is no time
-        env, observation, info = _start(factory, row)
-    try:
-        if not isinstance(getattr(env, "instructions", None), str):
-            raise ValueError(
-                f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
-                "begins. Give it that attribute."
-            )
-        for name in ("question", "history_header"):
-            if not isinstance(getattr(env, name, ""), str):
-                raise ValueError(
-                    f"{type(env).__name__}.{name} is {getattr(env, name)!r}: make it a text, or leave it out."
-                )
-        legal_actions = info.get("legal_actions")
+    limits = args.env_timeout, args.env_reset_timeout, args.env_processes
+    with closing(Probe(factory, *limits)) as probe:
+        begun = probe.begin(Episode(row["seed"]).seed, row.get("options"))
+        briefing = check_briefing(begun)
+        legal_actions = begun.info.get("legal_actions")
         exploration = make_exploration(args.exploration)
         exploration.check_actions(legal_actions, legal_actions)
         if legal_actions:
             parser.check_legal_actions(legal_actions)
         elif args.invalid_action == "random":
             warnings.warn(
-                f"{type(env).__name__} lists no info['legal_actions'], so invalid_action='random' has nothing to "
+                f"{begun.name} lists no info['legal_actions'], so invalid_action='random' has nothing to "
                 "choose from: a reply without an action ends the episode. Say invalid_action='end' or 'retry' to "
                 "choose.",
                 stacklevel=3,
             )
-        _check_steady(env, legal_actions, exploration)
-        return Briefing.of(env), observation, info
-    finally:
-        _close(env)
+        _check_steady(probe, legal_actions, exploration)
+    return briefing, begun.observation, begun.info
+
+
+def check_briefing(begun: Begun) -> Briefing:
+    """The standing texts of an environment; raises `ValueError` if they are none."""
+    if not isinstance(begun.texts.get("instructions"), str):
+        raise ValueError(
+            f"The environment {begun.name} has no text `instructions`, with which an episode's prompt begins. Give it "
+            "that attribute."
+        )
+    for name, text in begun.texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{begun.name}.{name} is {text!r}: make it a text, or leave it out.")
+    return Briefing(**begun.texts)
 
 
 def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[str, Any]) -> None:
@@ -296,32 +294,12 @@ def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[st
         )
 
 
-def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Exploration) -> None:
+def _check_steady(probe: Probe, legal_actions: list[str] | None, exploration: Exploration) -> None:
     """Plays on at random for a few steps where a mechanism needs legal actions."""
     rng, now = random.Random(0), legal_actions
     for _ in range(PROBED_STEPS if exploration.needs_actions else 0):
-        try:
-            *_, terminated, truncated, info = checked_step(env.step(rng.choice(now)))
-        except Exception:  # a rollout survives it
+        reply = probe.step(rng.choice(now))
+        if reply.fault is not None or reply.terminated or reply.truncated:  # a rollout survives a fault
             return
-        if terminated or truncated:
-            return
-        now = info.get("legal_actions")
+        now = reply.info.get("legal_actions")
         exploration.check_actions(legal_actions, now)
-
-
-def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
-    env = factory()
-    try:
-        answer = env.reset(seed=row["seed"], options=row.get("options"))
-        observation, *_, info = checked_reset(answer)
-        return env, observation, info
-    except BaseException as error:
-        error.add_note("trl_agents.check_env explains what is wrong with an environment.")
-        _close(env)
-        raise
-
-
-def _close(env: Any) -> None:
-    with suppress(Exception):  # as in a rollout: nothing depends on a clean end
-        env.close()
