@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_agents import AgentPPOConfig, AgentPPOTrainer
+from trl_agents import AgentPPOConfig, AgentPPOTrainer, check_run
 from trl_agents.lora import StageAdapters
 from trl_agents.plots import plot_overoptimization
 from trl_agents.preferences import PreferenceArguments
@@ -54,7 +54,10 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
         )
     check_positive(script_args, "no_kl_steps")
     adapters = StageAdapters(get_peft_config(model_args), get_quantization_config(model_args), model_args.dtype)
-    beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters)
+    _, pairs, _ = data = script_args.load(training_args.seed)
+    # The reward is a model that a stage makes
+    check_run(None, training_args, reward_funcs="reward_model", train_dataset=pairs, **adapters.trainer)
+    beginning = begin(script_args, training_args, model_args.model_name_or_path, adapters, data)
     sft, judge, rewards = beginning.sft, beginning.reward_model, beginning.load_rewards(training_args.device)
 
     def ppo(args):
@@ -62,7 +65,7 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
             str(sft),
             reward_funcs=list(rewards.values()),
             args=args,
-            train_dataset=beginning.pairs.select_columns(["prompt"]),
+            train_dataset=pairs.select_columns(["prompt"]),
             processing_class=AutoTokenizer.from_pretrained(sft, padding_side="left"),
             **adapters.trainer,
         )

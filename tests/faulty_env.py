@@ -100,3 +100,46 @@ class Doomed(Nonce):
             time.sleep(600)
         self.helper.kill()
         self.helper.wait()
+
+
+class Stuck(Nonce):
+    """Its first `reset` never ends."""
+
+    def reset(self, *, seed=None, options=None):
+        time.sleep(3600)
+
+
+class Deadly(Nonce):
+    """Its first `reset` takes its process down."""
+
+    def reset(self, *, seed=None, options=None):
+        os._exit(7)
+
+
+class Picky(Exception):
+    """Cannot be made anew from its arguments."""
+
+    def __init__(self, what, why):
+        super().__init__(f"no {what}, {why}")
+
+
+class Broken(Nonce):
+    """Raises in its first `reset`."""
+
+    def reset(self, *, seed=None, options=None):
+        raise Picky("luck", "again")
+
+
+class Misspelt(Nonce):
+    def reset(self, *, seed=None, options=None):
+        return {}["legal_action"]
+
+
+class Fatal(Nonce):
+    """Its second `step` takes its process down."""
+
+    def step(self, action):
+        if getattr(self, "stepped", False):
+            os._exit(7)
+        self.stepped = True
+        return "say never", 0.0, False, False, {"legal_actions": [self.word, "never"]}

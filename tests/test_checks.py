@@ -11,7 +11,7 @@ from scripted import Pay, make_config
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig
 
-from trl_agents import ActionParser, AgentGRPOTrainer, AgentPPOConfig, check_run
+from trl_agents import ActionParser, AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer, check_run
 from trl_agents.envs import Bandit
 from trl_agents.trainers import checks, packages
 
@@ -110,6 +110,30 @@ def test_mechanisms_whose_actions_change(tmp_path, name):
     check_run(Pay, broken)  # an environment that raises is for the rollout
 
 
+class Forgets(Pay):
+    """Lists its actions when an episode begins, and never again."""
+
+    def step(self, action):
+        return *super().step(action)[:-1], {}
+
+
+CHOOSING = ["try_all", "epsilon_greedy", "context_randomization", "context_summary", "exploration_bonus"]
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize(("env", "actions"), [(Pay, ""), (Forgets, "abc")])
+def test_mechanisms_without_actions(tmp_path, name, env, actions):
+    """They had nothing to choose from, did nothing, and said nothing."""
+    settings = {"exploration": ["self_correction", name], "env_kwargs": {"actions": actions}, "context": "window"}
+    said = f"exploration={name} .* legal actions, and this environment lists none.*leave it out, or let"
+    refuse(tmp_path, said, AgentGRPOConfig, settings, env=env)
+
+
+def test_mechanisms_that_do_without_actions(tmp_path):
+    kinds = ["self_correction", "thinking_budget=8"]
+    check_run(Pay, make_config(tmp_path, exploration=kinds, env_kwargs={"actions": ""}, invalid_action="end"))
+
+
 def test_mechanisms_are_named_as_settings_name_them(tmp_path):
     with pytest.raises(ValueError, match="^context_randomization renders the history anew.*use context='window'"):
         make_config(tmp_path, exploration=["context_randomization"])
@@ -206,3 +230,33 @@ def test_a_model_that_is_nowhere(tmp_path):
         for make in (check_run, lambda **kwargs: AgentGRPOTrainer(kwargs.pop("model"), **kwargs)):
             with pytest.raises(ValueError, match=said):
                 make(env=Pay, args=make_config(tmp_path / "out"), model=str(tmp_path / name))
+
+
+QUESTIONS = {"reward_funcs": len, "train_dataset": Dataset.from_dict({"prompt": ["?"] * 4})}
+
+
+def refuse(tmp_path, message, config=AgentPPOConfig, settings=(), **arguments):
+    """Both `check_run` and the trainer do."""
+    trainer = {AgentPPOConfig: AgentPPOTrainer}.get(config, AgentGRPOTrainer)
+    for make in (check_run, functools.partial(trainer, "no/model")):
+        with pytest.raises(ValueError, match=message):
+            make(args=make_config(tmp_path / "out", config, **dict(settings)), **arguments)
+
+
+@pytest.mark.parametrize("env", [Pay, None])
+def test_no_adapter_beside_a_second_trunk(tmp_path, env):
+    arguments = {"env": env, "peft_config": LoraConfig(), **({} if env else QUESTIONS)}
+    refuse(tmp_path, "separate_critic=True trains", settings={"separate_critic": True}, **arguments)
+
+
+@pytest.mark.parametrize("config", [AgentGRPOConfig, AgentPPOConfig])
+def test_without_an_environment_nothing_is_played(tmp_path, config):
+    refuse(tmp_path, "`action_parser` was given without `env`", config, env=None, action_parser=ActionParser())
+    explores = {"exploration": ["try_all"]}
+    refuse(tmp_path, r"exploration=\['try_all'\] has no effect without", config, explores, env=None, **QUESTIONS)
+
+
+@pytest.mark.parametrize("name", ["missing_eos_reward", "missing_eos_penalty"])
+def test_scores_of_answers_that_ran_out_of_tokens_are_no_matter_of_episodes(tmp_path, name):
+    refuse(tmp_path, f"{name}=0.0 has no effect.*`invalid_action_penalty`", settings={name: 0.0}, env=Pay)
+    check_run(None, make_config(tmp_path, AgentPPOConfig, **{name: 0.0}), **QUESTIONS)

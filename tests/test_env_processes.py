@@ -75,11 +75,27 @@ def test_a_script_without_a_guard(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_without_a_guard(tmp_path):
-    """Its processes do not begin it again, not even the trainer."""
+    """Its processes do not begin it again, and the trainer says so when it is made."""
     model = save_tiny_model(tmp_path / "model", ["say w"])
     (tmp_path / "script.py").write_text(TRAINING.format(model=model))
     check_refused(run(tmp_path, "script.py"))
-    assert (tmp_path / "begun").read_text() == "x"
+    assert not (tmp_path / "begun").exists()
+
+
+CHECKING = """
+from faulty_env import Nonce
+from trl_agents import AgentGRPOConfig, check_run
+
+check_run(Nonce, AgentGRPOConfig("out", use_cpu=True, bf16=False, report_to="none", env_processes=True))
+open("begun", "a").write("x")
+"""
+
+
+@pytest.mark.slow
+def test_a_check_without_a_guard(tmp_path):
+    (tmp_path / "script.py").write_text(CHECKING)
+    check_refused(run(tmp_path, "script.py"))
+    assert not (tmp_path / "begun").exists()
 
 
 @pytest.mark.parametrize("how", ["-c", "package"])

@@ -136,6 +136,23 @@ class TestSettings:
         with pytest.raises(ValueError, match="stay the same"):
             play(TicTacToe, lambda prompt: "ACTION=4", [Episode(0)], context=WindowContext, exploration=explore(name))
 
+    @pytest.mark.parametrize("name", ["epsilon_greedy", "context_summary", "try_all", "exploration_bonus"])
+    def test_actions_that_are_not_listed(self, name):
+        class Unlisted(Bandit):
+            def reset(self, **kwargs):
+                return super().reset(**kwargs)[0], {}
+
+        model = tiny_model(tokenizer(), hidden_size=32, num_hidden_layers=1)
+        with pytest.raises(ValueError, match=f"exploration={name} .*this environment lists none.*leave it out"):
+            play_model(model, tokenizer(), Unlisted, [3], exploration=name, max_new_tokens=8)
+
+    def test_a_mechanism_of_one_s_own_that_needs_them_to_stay(self):
+        class Own(Mechanism):
+            needs_same_actions = True
+
+        with pytest.raises(ValueError, match="exploration=Own .*lists none"):
+            Exploration([Own()]).check_actions(None, None)
+
     def test_a_history_that_words_its_actions_otherwise_cannot_be_renamed(self):
         class Talks(Bandit):
             def step(self, action):

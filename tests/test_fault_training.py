@@ -131,10 +131,53 @@ def test_one_bad_rollout_is_forgiven_up_to_a_third(tmp_path, share, trains):
     trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=FailsOnce, args=args)
     if trains:
         trainer.train()
-        assert list(trainer.lost_shares) == [1.0, 0.0]
+        assert list(trainer.lost_shares["train"]) == [1.0, 0.0]
     else:
         with pytest.raises(RuntimeError, match="^100% of the episodes of the last rollout were lost"):
             trainer.train()
+
+
+class FailsOnOthers(Nonce):
+    """In the episodes of evaluations, or only in those of training."""
+
+    evaluations = True
+
+    def reset(self, *, seed=None, options=None):
+        self.fails = (seed >= 4) is self.evaluations
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.fails:
+            raise ConnectionError("gone")
+        return super().step(action)
+
+
+class FailsOnOwn(FailsOnOthers):
+    evaluations = False
+
+
+@pytest.mark.filterwarnings("ignore:.*were lost to a fault")
+@pytest.mark.parametrize(
+    ("env", "share", "steps", "told"),
+    [
+        (FailsOnOthers, 1.0, 3, None),
+        (FailsOnOthers, 0.7, 3, "3 batches of evaluation"),  # with good rollouts in between
+        (FailsOnOthers, 0.5, 2, "2 batches of evaluation"),
+        (FailsOnOthers, 0.0, 1, "batch of evaluation"),
+        (FailsOnOwn, 0.5, 1, "2 rollouts"),  # with a good evaluation in between
+    ],
+)
+def test_rollouts_and_evaluations_do_not_make_up_for_each_other(tmp_path, env, share, steps, told):
+    settings = {"max_steps": 3, "max_completion_length": 32, "advantage_estimator": "group", "num_train_seeds": 4}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "num_eval_seeds": 2, "per_device_eval_batch_size": 4}
+    args = make_config(tmp_path / "out", max_fault_share=share, **settings)
+    trainer = EchoTrainer(save_tiny_model(tmp_path / "model"), env=env, args=args)
+    if told is None:
+        trainer.train()
+    else:
+        with pytest.raises(RuntimeError, match=rf"^100% of .* of the last {told} were lost.*seed \d+, turn 0"):
+            trainer.train()
+    assert trainer.state.global_step == steps
 
 
 class Interrupted(Echo):

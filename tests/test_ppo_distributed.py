@@ -126,7 +126,16 @@ def plain_job(model_dir, folder):
     Path(folder, f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
-JOBS = {"plain": plain_job}
+def single_job(model_dir, folder):
+    """One episode a process, which PPO can learn from."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    args = make_config(folder, AgentPPOConfig, per_device_train_batch_size=1, num_generations=1, max_steps=1)
+    trainer = ScriptedPPOTrainer(model_dir, env=Pay, args=args)
+    trainer.train()
+    assert trainer.state.log_history[0]["num_tokens"] > 0 and trainer.args.generation_batch_size == 2
+
+
+JOBS = {"plain": plain_job, "single": single_job}
 
 
 def close(left, right, tolerance=1e-6):
@@ -162,6 +171,11 @@ def test_two_processes_equal_one(tmp_path):
             assert first["weights"][key] == second["weights"][key]
             if key in start:
                 assert not torch.equal(torch.tensor(weights), start[key])
+
+
+@pytest.mark.slow
+def test_one_episode_a_process(tmp_path):
+    launch("single", save_tiny_model(tmp_path / "model"), tmp_path / "out")
 
 
 # -- DeepSpeed --------------------------------------------------------------------------------------------------------

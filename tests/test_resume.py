@@ -123,6 +123,6 @@ def test_without_the_rollout_that_was_begun(model_dir, tmp_path):
 
 def test_lost_episodes_are_remembered(model_dir, tmp_path):
     trainer, other = (make("grpo-window", tmp_path, model_dir) for _ in range(2))
-    trainer.lost_shares.extend([0.25, 0.5])
+    trainer.lost_shares["train"].extend([0.25, 0.5])
     other.recall(json.loads(json.dumps(trainer.memory())))
-    assert list(other.lost_shares) == [0.25, 0.5]
+    assert list(other.lost_shares["train"]) == [0.25, 0.5]

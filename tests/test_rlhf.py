@@ -127,6 +127,7 @@ def test_other_preferences_have_a_proxy_only(tmp_path):
         ("rlhf", ["--reward_weights", "2"], "reward_weights=.*leave it out"),
         ("rlhf", ["--value_head_init", "normal"], "value_head_init='normal': .*leave it out"),
         ("rlhf", ["--max_completion_length", "0"], "max_completion_length=0: give more than 0"),
+        ("rlhf", ["--num_train", "4"], "4 prompts to train on, but each generation batch takes 128"),
         ("dpo", ["--max_new_tokens", "0"], "max_new_tokens=0: give more than 0"),
         ("rlhf", ["--num_train", "0"], "num_train=0: give more than 0"),
         ("dpo", ["--rm_epochs", "0"], "rm_epochs=0.0: give more than 0"),

@@ -49,7 +49,8 @@ class Mechanism(ABC):  # noqa: B024 - every hook has a default
     n_samples: int = 1  # replies that vote on each action
     correction: str | None = None  # said after a first reply, before the one that counts
     needs_window = False  # whether what was read must be rendered anew each turn
-    needs_same_actions = False  # whether the legal actions must stay the same all episode long
+    needs_actions = False  # whether the environment must list the legal actions
+    needs_same_actions = False  # whether it must, and they stay the same all episode long
 
     def force(self, past: Past, rng: random.Random) -> tuple[str, str] | None:
         """
@@ -99,13 +100,15 @@ class EpsilonGreedy(Mechanism):
             Probability of doing so at a turn; the paper's best.
     """
 
+    needs_actions = True
+
     def __init__(self, epsilon: float = 0.1):
         if not 0.0 <= epsilon <= 1.0:
             raise ValueError(f"epsilon={epsilon} is a probability: give a number between 0 and 1.")
         self.epsilon = epsilon
 
     def force(self, past: Past, rng: random.Random) -> tuple[str, str] | None:
-        if not past.legal_actions or rng.random() >= self.epsilon:
+        if rng.random() >= self.epsilon:
             return None
         action = rng.choice(past.legal_actions)
         return action, "Let us explore by playing {action}, whatever its rewards were."
@@ -129,9 +132,11 @@ class ContextRandomization(Mechanism):
 class ContextSummary(Mechanism):
     """Shows behind the history how often each action was played and what it brought on average."""
 
+    needs_actions = True
+
     def note(self, past: Past) -> str:
         lines = []
-        if not past.legal_actions:
+        if not past.legal_actions:  # a truncated episode's last words need no list
             return ""
         for action in past.legal_actions:
             rewards = [reward for played, reward in zip(past.actions, past.rewards, strict=True) if played == action]
@@ -251,6 +256,8 @@ class Exploration:
         self.n_samples = max((mechanism.n_samples for mechanism in mechanisms), default=1)
         self.correction = next((mechanism.correction for mechanism in mechanisms if mechanism.correction), None)
         self.needs_same_actions = ", ".join(str(each) for each in mechanisms if each.needs_same_actions)
+        choosing = (each for each in mechanisms if each.needs_actions or each.needs_same_actions)
+        self.needs_actions = ", ".join(map(str, choosing))
         self.env_kwargs = {name: value for each in mechanisms for name, value in each.env_kwargs.items()}
         self.names = [str(mechanism) for mechanism in mechanisms]
         if self.n_samples > 1 and self.correction:
@@ -269,7 +276,16 @@ class Exploration:
             )
 
     def check_actions(self, at_reset: Sequence[str] | None, now: Sequence[str] | None) -> None:
-        """Raises if a mechanism cannot work with legal actions that are others `now` than when the episode began."""
+        """
+        Raises if a mechanism cannot work with the legal actions of a turn: there are none, or others than when the
+        episode began.
+        """
+        if self.needs_actions and not now:
+            raise ValueError(
+                f"exploration={self.needs_actions} works with the legal actions, and this environment lists none: "
+                "leave it out, or let the environment list them in info['legal_actions'], at `reset` and at every "
+                "`step`."
+            )
         if self.needs_same_actions and now != at_reset:
             raise ValueError(
                 f"exploration={self.needs_same_actions} needs legal actions that stay the same all episode long, and "

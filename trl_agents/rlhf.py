@@ -47,7 +47,11 @@ class Beginning:
 
 
 def begin(
-    script_args: PreferenceArguments, training_args: Any, model: str | None, adapters: StageAdapters | None = None
+    script_args: PreferenceArguments,
+    training_args: Any,
+    model: str | None,
+    adapters: StageAdapters | None = None,
+    data: tuple[Dataset, Dataset, Dataset] | None = None,
 ) -> Beginning:
     """
     Run the first stages, unless they are done: a model (made on the spot if None is named), fine-tuned on
@@ -62,9 +66,11 @@ def begin(
             Folder or name of the model to start from.
         adapters ([`StageAdapters`], *optional*):
             What the stages train in place of all weights.
+        data (`tuple`, *optional*):
+            What `script_args.load` gave, where it was looked at before.
     """
     adapters = adapters or StageAdapters()
-    demonstrations, pairs, test = script_args.load(training_args.seed)
+    demonstrations, pairs, test = data or script_args.load(training_args.seed)
     machine = {**machine_settings(training_args), "adapters": adapters}
     sft_settings, rm_settings = script_args.sft_settings, script_args.rm_settings
     stages = Stages(

@@ -576,6 +576,19 @@ def test_config_mistakes(tmp_path, settings, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_episode_a_process(tmp_path, monkeypatch):
+    """As `trl-agents estimate` counts processes, and as launchers do, of which transformers hears only later."""
+    settings = {"per_device_train_batch_size": 1, "num_generations": 1}
+    eight = type("Eight", (AgentPPOConfig,), {"world_size": property(lambda self: 8)})
+    args = make_config(tmp_path / "out", eight, **settings)
+    assert (args.generation_batch_size, args.num_generations) == (8, 1)
+    with pytest.raises(ValueError, match="of 1 process leave one episode.*Raise one of them"):
+        make_config(tmp_path / "out", AgentPPOConfig, **settings)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched .* accelerate counts 1"):  # and do not know it
+        make_config(tmp_path / "out", AgentPPOConfig, use_cpu=False, **settings)
+
+
 def test_another_trainers_config(model_dir, tmp_path):
     with pytest.raises(ValueError, match="`GRPOConfig`: pass an `AgentPPOConfig`"):
         AgentPPOTrainer(model_dir, env=Pay, args=make_config(tmp_path / "out", GRPOConfig))

@@ -105,8 +105,8 @@ class AgentGRPOConfig(GRPOConfig):
         max_fault_share (`float`, *optional*, defaults to `0.5`):
             Share of episodes that may be lost to faults of the environment (exceptions, wrong answers, timeouts),
             averaged over three rollouts, before training stops with an error. Those still to be played count as sound,
-            but not at the end of a run. An episode is lost when it has failed twice and two others, in its place, have
-            too. 0 stops at the first, 1 never.
+            but not at the end of a run. Evaluations are held to it by themselves, over three batches. An episode is
+            lost when it has failed twice and two others, in its place, have too. 0 stops at the first, 1 never.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["env_kwargs"]

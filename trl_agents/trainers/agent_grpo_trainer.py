@@ -39,8 +39,9 @@ from .checks import (
     check_room,
     check_settings,
     check_types,
+    check_unplayed,
 )
-from .credit import CreditingGRPOTrainer
+from .credit import PLAYED, WINDOW, CreditingGRPOTrainer
 from .display import show_training
 from .inputs import check_arguments, check_dataset, check_questions
 from .memory import Memorize, agreed_on, recall_from, write_memory
@@ -142,10 +143,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         check_model(model)
         self.plays = env is not None
         if not self.plays:
-            if action_parser is not None:
-                raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
-            if getattr(args, "exploration", None):
-                raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
+            check_unplayed(args, action_parser)
             check_questions(args, reward_funcs, train_dataset, eval_dataset, kwargs)
             if args is not None:
                 check_processes()
@@ -202,7 +200,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         )
         check_room(self, self.briefing, *begun)
         self.rollouts_at_step = (-1, 0)  # the optimizer step of the latest rollout, and how many it had before
-        self.lost_shares = deque(maxlen=3)  # of the latest rollouts' episodes: lost to faults
+        self.lost_shares = {mode: deque(maxlen=WINDOW) for mode in PLAYED}
+        self.first_faults = {mode: [] for mode in PLAYED}
         self.trajectories: list[Trajectory] = []  # of the latest rollout, this process's
         self.latest: list[Trajectory] = []  # those, or of `play` if that was later
 
@@ -229,8 +228,8 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             recall_from(self, self.resumed_from)
         try:
             output = super().train(self.resumed_from, *args, **kwargs)
-            if self.plays and self.lost_shares:
-                self.limit_faults(len(self.lost_shares))  # there are no more to come
+            if self.plays:
+                self.limit_faults("train", len(self.lost_shares["train"]))  # there are no more to come
         finally:
             self.close_environments()
             if self.display is not None:
@@ -259,7 +258,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
         statistics = self.reward_statistics
         return {
             "reward_statistics": [float(statistics.mean), float(statistics.var), float(statistics.count)],
-            "lost_shares": list(self.lost_shares),
+            "lost_shares": list(self.lost_shares["train"]),
         }
 
     def recall(self, memory: dict[str, Any]) -> None:
@@ -269,7 +268,7 @@ class AgentGRPOTrainer(PushesSafely, CreditingGRPOTrainer):
             mean, var, statistics.count = memory["reward_statistics"]
             statistics.mean, statistics.var = np.float64(mean), np.float64(var)
         if "lost_shares" in memory and self.plays:
-            self.lost_shares.extend(memory["lost_shares"])
+            self.lost_shares["train"].extend(memory["lost_shares"])
 
     def save_with_model(self, folder: Path) -> None:
         if self.plays:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..launch import check_processes, launched_processes
 from .agent_grpo_config import AgentGRPOConfig
 
 
@@ -223,12 +224,19 @@ class AgentPPOConfig(AgentGRPOConfig):
         if self.generation_batch_size is not None:
             self.num_generations = self.generation_batch_size
         else:
-            self.num_generations = self.per_device_train_batch_size * steps
+            # transformers counts the processes only while TRL looks
+            processes = getattr(self, "world_size", launched_processes())
+            self.num_generations = self.per_device_train_batch_size * steps * processes
         if self.num_generations < 2:
             raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} and {steps} accumulation steps leave "
-                "one episode to learn from at a time. Raise one of them."
+                f"per_device_train_batch_size={self.per_device_train_batch_size} and {steps} accumulation steps "
+                "of 1 process leave one episode to learn from at a time. Raise one of them."
             )
         self.num_generations_eval = eval_generations or 1
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible by num_generations" in str(error):
+                check_processes()  # there may be fewer than were launched
+            raise
         self.num_generations, self.num_generations_eval = generations, eval_generations

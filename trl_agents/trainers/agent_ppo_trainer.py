@@ -29,6 +29,7 @@ from ..value_head import (
 )
 from .agent_grpo_trainer import AgentGRPOTrainer
 from .agent_ppo_config import AgentPPOConfig
+from .checks import check_separate_critic
 
 
 class AgentPPOTrainer(AgentGRPOTrainer):
@@ -102,11 +103,7 @@ class AgentPPOTrainer(AgentGRPOTrainer):
             args = AgentPPOConfig("agent-ppo")
         elif not isinstance(args, AgentPPOConfig):
             raise ValueError(f"`args` is a `{type(args).__name__}`: pass an `AgentPPOConfig`.")
-        if args.separate_critic and (kwargs.get("peft_config") is not None or hasattr(model, "peft_config")):
-            raise ValueError(
-                "separate_critic=True trains a second trunk in full, which adapters are there to avoid: leave out "
-                "`separate_critic`, or the adapter."
-            )
+        check_separate_critic(args, model, kwargs)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, env=env, **kwargs)
         self.value_head = self._make_value_head()
         self._readings: list[torch.Tensor] = []  # (B, T + 1) of each forward pass since the last use

@@ -8,7 +8,7 @@ import functools
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing
 from typing import Any
 
 from .._trl import check_trl
@@ -18,8 +18,8 @@ from ..envs.make import make_env
 from ..envs.names import check_model_source
 from ..exploration import Exploration, make_exploration
 from ..launch import check_processes
-from ..rollout.faults import checked_reset, checked_step
-from ..rollout.processes import check_picklable
+from ..rollout.probe import Begun, Probe
+from ..rollout.processes import refuse_in_process_of_env
 from ..rollout.rules import Episode
 from .agent_grpo_config import AgentGRPOConfig
 from .inputs import check_arguments, check_dataset, check_questions
@@ -51,11 +51,14 @@ def check_run(
             Other arguments that the trainer will be given (`model` by its name, `reward_funcs`, `train_dataset`,
             `peft_config`, ...).
     """
+    refuse_in_process_of_env()
     check_trl()
     check_processes()
     check_arguments("check_run", type(args), kwargs)
     check_model(kwargs.get("model"))
+    check_separate_critic(args, kwargs.get("model"), kwargs)
     if env is None:
+        check_unplayed(args, action_parser)
         names = ("reward_funcs", "train_dataset", "eval_dataset")
         check_questions(args, *(kwargs.get(name) for name in names), kwargs)
         check_packages(args, kwargs)
@@ -85,6 +88,28 @@ def check_critic(args: Any, has_critic: bool) -> None:
             f"`args` is a `{type(args).__name__}`, whose baseline is a critic's, and this trainer has none: use "
             "`AgentPPOTrainer`, or pass an `AgentGRPOConfig`."
         )
+
+
+def check_separate_critic(args: Any, model: Any, kwargs: dict[str, Any]) -> None:
+    """Raises `ValueError` for an adapter beside a second trunk. `kwargs` are the trainer's other arguments."""
+    if getattr(args, "separate_critic", False) and has_adapter(model, kwargs):
+        raise ValueError(
+            "separate_critic=True trains a second trunk in full, which adapters are there to avoid: leave out "
+            "`separate_critic`, or the adapter."
+        )
+
+
+def has_adapter(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether an adapter is trained: the model's own, or one among the trainer's other arguments."""
+    return kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+
+
+def check_unplayed(args: Any, action_parser: Any) -> None:
+    """Raises `ValueError` for what would have no effect without an environment."""
+    if action_parser is not None:
+        raise ValueError("`action_parser` was given without `env`: pass the environment to play in.")
+    if getattr(args, "exploration", None):
+        raise ValueError(f"exploration={args.exploration} has no effect without `env`: leave it out.")
 
 
 def check_model(model: Any) -> None:
@@ -127,9 +152,14 @@ def check_settings(args: AgentGRPOConfig, model: Any, reward_funcs: list, kwargs
         raise ValueError(
             "remove_unused_columns=True would remove the dataset's column 'seed'. Use False with an environment."
         )
-    with_adapter = kwargs.get("peft_config") is not None or hasattr(model, "peft_config")
+    for name in ("missing_eos_reward", "missing_eos_penalty"):
+        if (value := getattr(args, name, None)) is not None:
+            raise ValueError(
+                f"{name}={value} has no effect on episodes, which their environment pays: leave it out. A reply that "
+                "ran out of tokens before its action costs `invalid_action_penalty`."
+            )
     in_memory = not (model is None or isinstance(model, str) or model.config.name_or_path)
-    if args.beta != 0.0 and not with_adapter and in_memory:
+    if args.beta != 0.0 and not has_adapter(model, kwargs) and in_memory:
         raise ValueError(
             f"beta={args.beta} needs a reference model, which TRL loads from where `model` came from, but this "
             "one was made in memory. Save it and pass the folder, or use beta=0.0."
@@ -217,38 +247,37 @@ def check_environment(
     Starts the episode of `row`, to find out now what would otherwise fail in the middle of a run. Returns how it
     begins: the standing texts, the first observation and its info.
     """
-    if args.env_processes:
-        check_picklable(factory)
-    row = {**row, "seed": Episode(row["seed"]).seed}
-    try:
-        env, observation, info = _start(factory, row)
-    except Exception:  # as in a rollout, once is no time
-        env, observation, info = _start(factory, row)
-    try:
-        if not isinstance(getattr(env, "instructions", None), str):
-            raise ValueError(
-                f"The environment {type(env).__name__} has no text `instructions`, with which an episode's prompt "
-                "begins. Give it that attribute."
-            )
-        for name in ("question", "history_header"):
-            if not isinstance(getattr(env, name, ""), str):
-                raise ValueError(
-                    f"{type(env).__name__}.{name} is {getattr(env, name)!r}: make it a text, or leave it out."
-                )
-        legal_actions = info.get("legal_actions")
+    limits = args.env_timeout, args.env_reset_timeout, args.env_processes
+    with closing(Probe(factory, *limits)) as probe:
+        begun = probe.begin(Episode(row["seed"]).seed, row.get("options"))
+        briefing = check_briefing(begun)
+        legal_actions = begun.info.get("legal_actions")
+        exploration = make_exploration(args.exploration)
+        exploration.check_actions(legal_actions, legal_actions)
         if legal_actions:
             parser.check_legal_actions(legal_actions)
         elif args.invalid_action == "random":
             warnings.warn(
-                f"{type(env).__name__} lists no info['legal_actions'], so invalid_action='random' has nothing to "
+                f"{begun.name} lists no info['legal_actions'], so invalid_action='random' has nothing to "
                 "choose from: a reply without an action ends the episode. Say invalid_action='end' or 'retry' to "
                 "choose.",
                 stacklevel=3,
             )
-        _check_steady(env, legal_actions, make_exploration(args.exploration))
-        return Briefing.of(env), observation, info
-    finally:
-        _close(env)
+        _check_steady(probe, legal_actions, exploration)
+    return briefing, begun.observation, begun.info
+
+
+def check_briefing(begun: Begun) -> Briefing:
+    """The standing texts of an environment; raises `ValueError` if they are none."""
+    if not isinstance(begun.texts.get("instructions"), str):
+        raise ValueError(
+            f"The environment {begun.name} has no text `instructions`, with which an episode's prompt begins. Give it "
+            "that attribute."
+        )
+    for name, text in begun.texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{begun.name}.{name} is {text!r}: make it a text, or leave it out.")
+    return Briefing(**begun.texts)
 
 
 def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[str, Any]) -> None:
@@ -265,31 +294,12 @@ def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[st
         )
 
 
-def _check_steady(env: Any, legal_actions: list[str] | None, exploration: Exploration) -> None:
-    """Plays on at random for a few steps where a mechanism needs legal actions that stay the same."""
-    rng = random.Random(0)
-    for _ in range(PROBED_STEPS if exploration.needs_same_actions and legal_actions else 0):
-        try:
-            *_, terminated, truncated, info = checked_step(env.step(rng.choice(legal_actions)))
-        except Exception:  # a rollout survives it
+def _check_steady(probe: Probe, legal_actions: list[str] | None, exploration: Exploration) -> None:
+    """Plays on at random for a few steps where a mechanism needs legal actions."""
+    rng, now = random.Random(0), legal_actions
+    for _ in range(PROBED_STEPS if exploration.needs_actions else 0):
+        reply = probe.step(rng.choice(now))
+        if reply.fault is not None or reply.terminated or reply.truncated:  # a rollout survives a fault
             return
-        if terminated or truncated:
-            return
-        exploration.check_actions(legal_actions, info.get("legal_actions"))
-
-
-def _start(factory: Callable[[], Any], row: dict[str, Any]) -> tuple[Any, str, dict[str, Any]]:
-    env = factory()
-    try:
-        answer = env.reset(seed=row["seed"], options=row.get("options"))
-        observation, *_, info = checked_reset(answer)
-        return env, observation, info
-    except BaseException as error:
-        error.add_note("trl_agents.check_env explains what is wrong with an environment.")
-        _close(env)
-        raise
-
-
-def _close(env: Any) -> None:
-    with suppress(Exception):  # as in a rollout: nothing depends on a clean end
-        env.close()
+        now = reply.info.get("legal_actions")
+        exploration.check_actions(legal_actions, now)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,10 @@ from .playing import PlayingGRPOTrainer
 MOSTLY_INVALID = 0.9
 SHOWN = 200
 
+# What `max_fault_share` is averaged over, by mode: one, and several.
+WINDOW = 3
+PLAYED = {"train": ("rollout", "rollouts"), "eval": ("batch of evaluation", "batches of evaluation")}
+
 # From which share of forced replies on one is told.
 MOSTLY_FORCED = 0.95
 
@@ -38,8 +41,8 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
     """`GRPOTrainer` whose rows are episodes, and whose advantages come from the rewards of their turns."""
 
     reward_statistics: RunningMeanStd  # of all rewards so far, on all processes
-    lost_shares: deque[float]  # of the latest rollouts' episodes: lost to faults
-    first_faults: Sequence[str] = ()  # of the latest rollout
+    lost_shares: dict[str, deque[float]]  # by mode, of the latest rollouts' episodes: lost to faults
+    first_faults: dict[str, list[str]]  # by mode, of the latest rollout
     told_of_invalid = told_of_forced = told_of_lengths = False  # each is told once a run
     trajectories: list[Trajectory]  # of the latest rollout, this process's
 
@@ -91,9 +94,9 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
                 stacklevel=2,
             )
         faults = [trajectory.error for trajectory in trajectories if trajectory.stop.is_fault]
-        self.lost_shares.append(metrics.get("agents/lost_share", 0.0))
-        self.first_faults = gather_object(clock.faults.first)[:TOLD]
-        self.limit_faults(self.lost_shares.maxlen)
+        self.lost_shares[mode].append(metrics.get("agents/lost_share", 0.0))
+        self.first_faults[mode] = gather_object(clock.faults.first)[:TOLD]
+        self.limit_faults(mode, WINDOW)
         if faults:
             warnings.warn(
                 f"{len(faults)} of {len(trajectories)} episodes were lost to a fault of the environment and weigh "
@@ -101,18 +104,20 @@ class CreditingGRPOTrainer(PlayingGRPOTrainer):
                 stacklevel=2,
             )
 
-    def limit_faults(self, n_rollouts: int) -> None:
+    def limit_faults(self, mode: str, n_rollouts: int) -> None:
         """
-        Raises, on all processes alike, if of `n_rollouts` rollouts too many episodes were lost. Those still to be
-        played count as sound: what has begun badly may go on well.
+        Raises, on all processes alike, if of `n_rollouts` rollouts in `mode` too many episodes were lost. Those still
+        to be played count as sound: what has begun badly may go on well.
         """
-        if not sum(self.lost_shares) > self.args.max_fault_share * n_rollouts:
+        lost = self.lost_shares[mode]
+        if not sum(lost) > self.args.max_fault_share * n_rollouts:
             return
-        number = len(self.lost_shares)
-        rollouts = f"{number} rollouts" if number > 1 else "rollout"
-        first = f" The first faults of the latest: {'; '.join(self.first_faults)}." if self.first_faults else ""
+        one, several = PLAYED[mode]
+        played = f"{len(lost)} {several}" if len(lost) > 1 else one
+        faults = self.first_faults[mode]
+        first = f" The first faults of the latest: {'; '.join(faults)}." if faults else ""
         raise RuntimeError(
-            f"{sum(self.lost_shares) / number:.0%} of the episodes of the last {rollouts} were lost to faults of the "
+            f"{sum(lost) / len(lost):.0%} of the episodes of the last {played} were lost to faults of the "
             f"environment (max_fault_share={self.args.max_fault_share}), though each was begun again and then "
             f"replaced.{first} Mend the environment, give it more time (env_timeout, env_reset_timeout), or raise "
             "max_fault_share."

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -18,8 +18,10 @@ from ..envs.make import make_env
 from ..exploration import Mechanism
 from ..rollout.generation import Backend, Sampling, SlotBackend, positions_of, replay
 from ..rollout.play import Clock, Episode, Player, Rules
+from ..rollout.probe import Probe
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
+from .checks import check_briefing
 from .display import TrainingDisplay
 
 
@@ -72,12 +74,9 @@ class PlayingGRPOTrainer(RolloutGRPOTrainer):
             played, _ = self._play_episodes(episodes, self._eval_temperature, "Evaluation")
         else:
             factory = functools.partial(make_env, env, **self.exploration.env_kwargs)
-            example = factory()
-            try:
-                briefing = Briefing.of(example)
-            finally:
-                with suppress(Exception):  # nothing depends on a clean end
-                    example.close()
+            limits = self.args.env_timeout, self.args.env_reset_timeout, self.args.env_processes
+            with closing(Probe(factory, *limits, resets=False)) as probe:
+                briefing = check_briefing(probe.begin(0))
             pool = self._make_pool(factory, self._n_slots(len(episodes)))
             try:
                 played, _ = self._play_in(pool, briefing, episodes, self._eval_temperature, "Evaluation")
