@@ -295,6 +295,14 @@ def test_a_person_leaves(monkeypatch, capsys, end):
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("end", ["QUIT", "Exit", "Q"])
+def test_a_person_leaves_where_any_text_is_an_action(monkeypatch, capsys, end):
+    """In capitals it was played."""
+    answers(monkeypatch, "3", end)
+    assert main(["play", "scripted:Words", "--seed", "5"]) == 0
+    assert "Return 1.00 so far, left after 1 step" in capsys.readouterr().out
+
+
 def test_a_person_plays_tic_tac_toe(monkeypatch, capsys):
     """Against the optimal opponent: two in a row are answered, and the outcome is told."""
     answers(monkeypatch, *"012345678", *"012345678")
@@ -327,6 +335,12 @@ def test_the_same_seed_is_the_same_episode_for_players(capsys):
         ("ACTION=this", None, "this"),
         ("quit", None, None),
         ("quit", ["quit"], "quit"),
+        ("QUIT", None, None),
+        ("Exit", None, None),
+        ("Q", None, None),
+        ("?", None, None),
+        ("ACTION=quit", None, "quit"),
+        ("Q", ["q", "r"], "q"),
     ],
 )
 def test_read_action(written, legal_actions, action):

@@ -30,6 +30,7 @@ examples:
 
 While playing, `?` shows the instructions again and `quit` (or Ctrl-D, or Ctrl-C) leaves.
 """
+LEAVING = ("quit", "exit", "q")  # in any case; a legal action of that name comes first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +110,7 @@ def _ask(legal_actions: list[str] | None, instructions: str) -> tuple[str, str |
         action = read_action(written, legal_actions)
         if action is not None:
             return written, action
-        if written.lower() in ("quit", "exit", "q"):
+        if written.lower() in LEAVING:
             return written, None
         if written == "?":
             print(instructions)
@@ -123,10 +124,10 @@ def _ask(legal_actions: list[str] | None, instructions: str) -> tuple[str, str |
 def read_action(written: str, legal_actions: list[str] | None) -> str | None:
     """The action that a person wrote: alone, in any case, or as a model would state it (`ACTION=X`)."""
     if legal_actions is None:
+        if written.lower() in ("", "?", *LEAVING):
+            return None
         stated = ActionParser().parse(written)
-        return (
-            stated.action if stated.is_valid else (written if written not in ("", "?", "quit", "q", "exit") else None)
-        )
+        return stated.action if stated.is_valid else written
     if written in legal_actions:
         return written
     folded = [action for action in legal_actions if action.casefold() == written.casefold()]
