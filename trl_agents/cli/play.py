@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import warnings
 from typing import Any
 
 from ..actions import ActionParser
@@ -57,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
             trajectory, whole = play_named(player, how, args, [args.seed], shows_progress(args))[0], True
             print(f"{trajectory.instructions}\n\n{trajectory}\n")
         else:
-            trajectory, whole = play_yourself(env, args.seed)
+            trajectory, whole = play_yourself(env, args.seed, how.max_turns)
     finally:
         env.close()
     name = args.player or "you"
+    if trajectory.stop.is_fault:
+        warnings.warn(f"The environment failed: {trajectory.error}", stacklevel=2)
     print(_summary(trajectory, whole, args.seed))
     if args.save:
         record = episode_record(trajectory, player=name, env_id=how.env_id, env_kwargs=how.env_kwargs)
@@ -68,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def play_yourself(env: Any, seed: int) -> tuple[Trajectory, bool]:
+def play_yourself(env: Any, seed: int, max_turns: int | None = None) -> tuple[Trajectory, bool]:
     """
-    Let the person at the terminal play an episode.
+    Let the person at the terminal play an episode, of at most `max_turns`.
 
     Returns:
         The [`Trajectory`], and whether the episode was played to its end.
@@ -89,6 +92,8 @@ def play_yourself(env: Any, seed: int) -> tuple[Trajectory, bool]:
         observation, reward, terminated, truncated, info = env.step(action)
         turns.append(Turn(read, (), (), written, ParsedAction(action), played, float(reward), info=info))
         stop = StopReason.TERMINATED if terminated else StopReason.TRUNCATED if truncated else None
+        if stop is None and len(turns) == max_turns:
+            stop = StopReason.MAX_TURNS
     if stop is not None and observation:
         print(f"\n{observation}")
     # An episode that was left has no end of the environment's own: we limited its turns
