@@ -87,7 +87,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     strangers = functools.partial(make_env, ENV_ID, **held_out)
     met = make_env(ENV_ID, **env_kwargs)
     players = {"random": make_agent("random"), "best_fixed": FixedAgent(met.best_arm), "linucb": make_agent("linucb")}
-    played = play_agents(strangers, players, seeds)
+    played = play_agents(strangers, players, seeds, max_turns=training_args.max_turns)
     announce(f"Playing {len(seeds)} held-out episodes before training")
     played["before"] = trainer.play(seeds, env=strangers)
     announce_training(training_args)

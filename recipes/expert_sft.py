@@ -32,7 +32,7 @@ from trl_agents.expert_data import FORMS, agreement, expert_dataset
 from trl_agents.experts import Expert, make_expert
 from trl_agents.plots import plot_regret
 from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
+from trl_agents.recipe import check_stages, stage_arguments, trained_play, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.script import argument, check_positive, run
 from trl_agents.seeds import expert_seeds
@@ -75,6 +75,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     parser = ActionParser(args.action_pattern)
     expert = make_expert(args.expert, **as_settings(args.expert_kwargs))
     reading = {"context": training_args.context, "window": training_args.window}
+    given = {name: getattr(training_args, name) for name in ("chat_template_kwargs", "max_turns")}
+    given = {name: value for name, value in given.items() if value is not None}
     sft_kwargs = {name: getattr(training_args, name) for name in ("bf16", "gradient_checkpointing", "use_cpu")}
     sft_kwargs |= {"disable_tqdm": training_args.disable_tqdm, **as_settings(args.sft_kwargs)}
     pace = {"epochs": args.sft_epochs, "learning_rate": args.sft_learning_rate, "batch_size": args.sft_batch_size}
@@ -91,10 +93,15 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             kwargs.setdefault("reasoning", form == "thought")
     for player in args.players:
         make_agent(player)
-    tell = functools.partial(expert_dataset, args.env_id, expert, parser=parser)
+    tell = functools.partial(expert_dataset, args.env_id, expert, parser=parser, **given)
+
+    def arguments(form, folder=output_dir, **own):
+        own |= {"env_kwargs": env_kwargs[form], "max_completion_length": budget[form]}
+        return stage_arguments(training_args, folder, **own)
+
     for form in args.forms:  # what would fail after minutes of training is found now
         tell(form, seeds=expert_seeds(1), env_kwargs=env_kwargs[form], **reading)
-        check_run(args.env_id, stage_arguments(training_args, output_dir, env_kwargs=env_kwargs[form]), parser)
+        check_run(args.env_id, arguments(form), parser)
 
     def start(folder):
         """The same whichever forms are asked for, so that another can be cloned later."""
@@ -122,18 +129,17 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         train_and_save(trainer, folder)
 
     def fine_tune(folder, form):
-        own = {"env_kwargs": env_kwargs[form], "max_steps": args.rlft_steps}
-        own["model_init_kwargs"] = {"dtype": model_args.dtype, **loading, **(training_args.model_init_kwargs or {})}
+        source = {"dtype": model_args.dtype, **loading, **(training_args.model_init_kwargs or {})}
         trainer = AgentGRPOTrainer(
             str(folders[form]),
-            args=stage_arguments(training_args, folder, max_completion_length=budget[form], **own),
+            args=arguments(form, folder, max_steps=args.rlft_steps, model_init_kwargs=source),
             env=args.env_id,
             action_parser=parser,
             processing_class=AutoTokenizer.from_pretrained(folders[form], padding_side="left"),
         )
         train_and_save(trainer, folder, curves={"learning_curve.png": ()})
 
-    data = [args.env_id, training_args.env_kwargs, args.expert, as_settings(args.expert_kwargs), reading]
+    data = [args.env_id, training_args.env_kwargs, args.expert, as_settings(args.expert_kwargs), {**reading, **given}]
     stages = Stages(output_dir, model=model_args.model_name_or_path, data=data, seed=seed)
     first = model_args.model_name_or_path or stages.run("start", start, phrases=args.phrases)
     cloning = {"sft": {**pace, **sft_kwargs}, "pattern": args.action_pattern}
@@ -152,12 +158,12 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     seeds = held_out_seeds(args.num_eval_episodes)
     made = make_env(args.env_id, **env_kwargs[args.forms[0]])
     players = {**{name: make_agent(name, made) for name in args.players}, f"{args.expert} (expert)": expert}
-    played = play_agents(args.env_id, players, seeds, env_kwargs=env_kwargs[args.forms[0]])
+    game = {"env_kwargs": env_kwargs[args.forms[0]], "max_turns": training_args.max_turns}
+    played = play_agents(args.env_id, players, seeds, **game)
     for name, folder in folders.items():
-        own = {"env_kwargs": env_kwargs[form_of[name]], "max_new_tokens": budget[form_of[name]], **reading}
-        own["temperature"] = training_args.evaluation_temperature
+        how = trained_play(arguments(form_of[name]), args.env_id, parser)
         model = load_model(folder, training_args.device, dtype=model_args.dtype or "auto", **loading)
-        played[name] = sample_episodes(*model, args.env_id, seeds, parser=parser, **own)
+        played[name] = sample_episodes(*model, args.env_id, seeds, **how)
     more = {"suffix_failure": suffix_failure, "agreement": functools.partial(agreement, expert=expert)}
     table = summarize(played, more)
     if PartialState().is_main_process:

@@ -26,7 +26,7 @@ from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.exploration import MECHANISMS
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, stage_arguments, trainer_settings
+from trl_agents.recipe import check_stages, stage_arguments, trained_play, trainer_settings
 from trl_agents.report import report_stages
 from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import Stages, train_and_save
@@ -60,7 +60,9 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # What would fail after the warm-up is found now
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     greedy = GreedyAgent(untried=0.0, epsilon=script_args.transcript_epsilon)
-    play_agents(script_args.env_id, script_args.players, held_out_seeds(1), env_kwargs=training_args.env_kwargs)
+    env_kwargs = training_args.env_kwargs or {}
+    limit = {} if training_args.max_turns is None else {"max_turns": training_args.max_turns}
+    play_agents(script_args.env_id, script_args.players, held_out_seeds(1), env_kwargs=env_kwargs, **limit)
     arguments, known = {}, ("none", *MECHANISMS)
     for name in script_args.mechanisms:
         for each in (one.partition("=")[0] for one in name.split("+")):
@@ -71,7 +73,6 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         arguments[name] = stage_arguments(training_args, folder, exploration=exploration)
         check_run(script_args.env_id, arguments[name], **adapters.trainer)
     loading = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
-    env_kwargs = training_args.env_kwargs or {}
     reading = {"context": training_args.context, "window": training_args.window}
 
     def warm_up(folder):
@@ -85,6 +86,7 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
             disable_tqdm=training_args.disable_tqdm,
             max_completion_length=training_args.max_completion_length,
             **reading,
+            **limit,
         )
 
     def fine_tune(folder, args):
@@ -100,21 +102,10 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
 
     seeds = held_out_seeds(script_args.num_eval_episodes)
 
-    def play(folder, exploration):
-        model, tokenizer = load_model(folder, training_args.device, **loading)
-        return sample_episodes(
-            model,
-            tokenizer,
-            script_args.env_id,
-            seeds,
-            env_kwargs=env_kwargs,
-            exploration=exploration,
-            max_new_tokens=training_args.max_completion_length,
-            temperature=training_args.evaluation_temperature,
-            chat_template_kwargs=training_args.chat_template_kwargs,
-            progress=not training_args.disable_tqdm,
-            **reading,
-        )
+    def play(folder, args):
+        model = load_model(folder, training_args.device, **loading)
+        how = trained_play(args, script_args.env_id)
+        return sample_episodes(*model, script_args.env_id, seeds, **how, progress=not training_args.disable_tqdm)
 
     stages = Stages(
         training_args.output_dir,
@@ -123,18 +114,18 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         seed=training_args.seed,
         **adapters.settings,
     )
-    warmth = {"transcripts": [script_args.num_transcripts, script_args.transcript_epsilon], **reading}
+    warmth = {"transcripts": [script_args.num_transcripts, script_args.transcript_epsilon], **reading, **limit}
     start = model_args.model_name_or_path or stages.run("warmup", warm_up, **warmth)
 
-    before = play_agents(script_args.env_id, script_args.players, seeds, env_kwargs=env_kwargs)
+    before = play_agents(script_args.env_id, script_args.players, seeds, env_kwargs=env_kwargs, **limit)
     after, folders = {}, []
     for name, args in arguments.items():
-        before[name] = play(start, args.exploration)
+        before[name] = play(start, args)
         if training_args.max_steps == 0:
             continue
         make = functools.partial(fine_tune, args=args)
         folders.append(stages.run(f"rlft_{name}", make, **{**warmth, **trainer_settings(args)}))
-        after[name] = play(folders[-1], args.exploration)
+        after[name] = play(folders[-1], args)
     tables = {"": summarize(before), ", RLFT": summarize(after)}
     passed_over = "return" if "regret" in tables[""] else "regret"  # an environment of one's own tells no regret
     measures = [measure for measure in MEASURES if measure != passed_over]

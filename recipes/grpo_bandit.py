@@ -52,7 +52,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     check_resumption(training_args)
     # The same held-out episodes for everybody
     seeds = held_out_seeds(script_args.num_eval_episodes)
-    played = play_agents(script_args.env_id, script_args.players, seeds, env_kwargs=env_kwargs)
+    game = {"env_kwargs": env_kwargs, "max_turns": training_args.max_turns}
+    played = play_agents(script_args.env_id, script_args.players, seeds, **game)
     output_dir.mkdir(parents=True, exist_ok=True)
     model = model_args.model_name_or_path or warm_up(
         script_args.env_id, training_args, script_args.num_transcripts, parser=parser

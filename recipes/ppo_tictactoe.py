@@ -102,7 +102,8 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     # The same held-out games for everybody, against every opponent in both seats
     seeds = held_out_seeds(script_args.num_eval_episodes)
     meet_all = functools.partial(play_opponents, env=env_id, opponents=OPPONENTS, env_kwargs=env_kwargs)
-    played = {"random": meet_all(lambda env: play_agents(env, ["random"], seeds)["random"])}
+    script = functools.partial(play_agents, seeds=seeds, max_turns=training_args.max_turns)
+    played = {"random": meet_all(lambda env: script(env, ["random"])["random"])}
     announce(f"Playing {len(seeds)} games against each opponent before training")
     played["before"] = meet_all(lambda env: trainer.play(seeds, env=env))
     announce_training(training_args)
@@ -110,12 +111,12 @@ def main(script_args: ScriptArguments, training_args: AgentPPOConfig, model_args
     trainer.save_model(training_args.output_dir)  # first of all: nothing below may cost the training
     announce(f"Playing {len(seeds)} games against each opponent after training")
     played["after"] = meet_all(lambda env: trainer.play(seeds, env=env))
-    played["optimal"] = meet_all(lambda env: play_agents(env, ["minimax"], seeds)["minimax"])
+    played["optimal"] = meet_all(lambda env: script(env, ["minimax"])["minimax"])
     trainer.close_environments()
 
     references = None
     if not pool:  # scripted players against the opponents of training
-        references = summarize(play_agents(env_id, ("random", "minimax"), seeds, env_kwargs=env_kwargs))["return"]
+        references = summarize(script(env_id, ("random", "minimax"), env_kwargs=env_kwargs))["return"]
     report_games(trainer, played, f"{len(seeds)} held-out games an opponent", references=references)
     if training_args.push_to_hub:
         trainer.push_to_hub()

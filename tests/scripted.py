@@ -40,6 +40,24 @@ class Pay:
         pass
 
 
+class Endless(Pay):
+    """Goes on for ever."""
+
+    def __init__(self):
+        super().__init__(horizon=None)
+
+
+class Words(Pay):
+    """Any text is an action, and pays 1."""
+
+    def __init__(self):
+        super().__init__(actions=None)
+
+    def step(self, action):
+        self.steps += 1
+        return f"You said {action}.", 1.0, self.steps == self.horizon, False, {}
+
+
 class ScriptedBackend:
     """Slot i answers with the texts of `script[i]`, one a turn."""
 

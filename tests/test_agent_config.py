@@ -7,12 +7,13 @@ import json
 import sys
 
 import pytest
-from scripted import Pay, make_config, save_tiny_model
+from scripted import Endless, Pay, make_config, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_agents import ActionParser, AgentGRPOTrainer, make_env
-from trl_agents.agent_config import AGENT_CONFIG_FILE, AgentConfig, read_agent_config
+from trl_agents.agent_config import AGENT_CONFIG_FILE, RULES, AgentConfig, read_agent_config
 from trl_agents.evaluation import play_model
+from trl_agents.exploration import EpsilonGreedy, Exploration, TryAll
 from trl_agents.tiny import make_tiny_model
 
 
@@ -42,6 +43,8 @@ def test_the_defaults_are_those_of_play_model():
         {"context": "window", "window": 3, "env_kwargs": SMALL, "max_completion_length": 7},
         {"eval_temperature": 0.0, "action_stop": True, "chat_template_kwargs": {"enable_thinking": False}},
         {"temperature": 0.7, "exploration": ["try_all", "epsilon_greedy=0.1"]},
+        {"top_p": 0.9, "top_k": 40, "min_p": 0.05, "max_turns": 50},
+        {"invalid_action": "end", "max_retries": 0, "max_episode_length": 900},
     ],
 )
 def test_what_is_written_is_read(tmp_path, settings):
@@ -53,6 +56,45 @@ def test_what_is_written_is_read(tmp_path, settings):
     assert read.temperature == settings.get("eval_temperature", settings.get("temperature", 1.0))
     assert read.max_completion_length == settings.get("max_completion_length", written.max_completion_length)
     assert read.action_parser == (parser or ActionParser())
+    given = {name: value for name, value in settings.items() if name in RULES}
+    assert {name: read.arguments()[name] for name in given} == given
+
+
+def test_usual_rules_are_not_in_the_file(tmp_path):
+    """Which is as it was before there were any in it; a file without them means the usual ones."""
+    of(tmp_path).save(tmp_path)
+    written = json.loads((tmp_path / AGENT_CONFIG_FILE).read_text())
+    assert not set(written) & set(RULES) and len(written) == 13
+    of(tmp_path, max_turns=9).save(tmp_path)
+    assert json.loads((tmp_path / AGENT_CONFIG_FILE).read_text()) == {**written, "max_turns": 9}
+
+
+def test_an_engine_may_be_shorter_than_an_episode(tmp_path):
+    lengths = {"max_episode_length": 900, "vllm_max_model_length": 700}
+    assert of(tmp_path, **lengths).max_episode_length == 700
+    assert of(tmp_path, max_episode_length=900).max_episode_length == 900
+
+
+class Nudge(TryAll):
+    """A mechanism of a user's own."""
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (TryAll(), ("try_all",)),
+        (Exploration([TryAll(), EpsilonGreedy(0.2)]), ("try_all", "epsilon_greedy=0.2")),
+        (["try_all", Nudge()], ("try_all", "Nudge")),
+        ("epsilon_greedy=0.1", ("epsilon_greedy=0.1",)),  # as it was written, though 0.1 is the default
+        (None, ()),
+        (Exploration(), ()),
+    ],
+)
+def test_exploration_in_each_of_its_forms(tmp_path, given, names):
+    """Objects broke it: they are no sequences."""
+    assert of(tmp_path, exploration=given).exploration == names
+    listed = make_config(tmp_path, exploration=given).to_dict()["exploration"]
+    assert listed == (given if given is None or isinstance(given, str) else list(names))
 
 
 def test_a_class_that_can_be_imported_is_known_by_its_name(tmp_path):
@@ -99,6 +141,16 @@ def test_a_parser_of_ones_own_is_named(tmp_path):
         ('{"version": 1, "env_kwargs": null}', "env_kwargs=None, which should be an object"),
         ('{"version": 1, "exploration": "try_all"}', "exploration='try_all'"),
         ('{"version": 1, "action_parser": {"patterns": ["("]}}', "is not a regular expression"),
+        ('{"version": 1, "top_p": 1.5}', "top_p=1.5, which should be a number from 0 to 1"),
+        ('{"version": 1, "top_k": -1}', "top_k=-1"),
+        ('{"version": 1, "min_p": "0"}', "min_p='0'"),
+        ('{"version": 1, "max_turns": 0}', "max_turns=0"),
+        ('{"version": 1, "max_episode_length": 1.5}', "max_episode_length=1.5"),
+        (
+            '{"version": 1, "invalid_action": "ask"}',
+            "invalid_action='ask', which should be 'random', 'retry' or 'end'",
+        ),
+        ('{"version": 1, "max_retries": null}', "max_retries=None"),
         ("[" * 100_000, "does not tell"),
     ],
 )
@@ -157,3 +209,31 @@ def test_the_warmed_up_model_has_it(tmp_path):
     folder = make_tiny_model(env, tmp_path, n_transcripts=4, max_completion_length=9, max_steps=1, use_cpu=True)
     assert read_agent_config(folder) == AgentConfig(BANDIT, SMALL, max_completion_length=9)
     assert json.loads((tmp_path / AGENT_CONFIG_FILE).read_text())["version"] == 1
+
+
+def test_the_warmed_up_model_has_the_limit_of_what_does_not_end_by_itself(tmp_path):
+    settings = {"n_transcripts": 4, "max_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    folder = make_tiny_model(Endless, tmp_path, max_turns=5, **settings)
+    assert read_agent_config(folder) == AgentConfig("scripted:Endless", max_turns=5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"invalid_action": "retry", "max_retries": 1, "advantage_estimator": "group"},
+        {"invalid_action": "end", "max_turns": 2},
+        {"invalid_action": "retry", "max_episode_length": 60, "advantage_estimator": "group"},
+    ],
+)
+def test_it_plays_as_the_trainer_lets_it(tmp_path, settings):
+    """Greedily: the same replies, and the same ends."""
+    args = make_config(tmp_path / "out", top_k=1, **settings)
+    trainer = AgentGRPOTrainer(save_tiny_model(tmp_path / "tiny"), args=args, env=Pay)
+    expected = trainer.play(range(3))
+    trainer.agent_config.save(tmp_path)
+    how = read_agent_config(tmp_path).arguments()
+    played = play_model(trainer.model, trainer.processing_class, Pay, range(3), **how)
+    assert [one.stop for one in played] == [one.stop for one in expected]
+    assert [[turn.text for turn in one.turns] for one in played] == [
+        [turn.text for turn in one.turns] for one in expected
+    ]

@@ -266,6 +266,14 @@ class TestPlayEpisode:
         at_the_end = play_episode(Bandit(horizon=4), RandomAgent(), seed=0, max_turns=4)
         assert at_the_end.stop is StopReason.TERMINATED
 
+    def test_an_episode_without_an_end_is_refused(self, monkeypatch):
+        """It was waited for, without a word."""
+        monkeypatch.setattr("trl_agents.agents.ENDLESS", 20)
+        with pytest.raises(ValueError, match="seed 5 is still going on after 20 turns.*limit it with max_turns"):
+            play_episode(Bandit(), RandomAgent(), seed=5)
+        assert play_episode(Bandit(horizon=20), RandomAgent(), seed=5).steps == 20
+        assert play_episode(Bandit(), RandomAgent(), seed=5, max_turns=30).steps == 30
+
     def test_the_player_does_not_share_the_numbers_of_the_environment(self):
         agent, env = after(RandomAgent(), []), Bandit()
         env.reset(seed=0)

@@ -154,6 +154,10 @@ def test_mistakes_are_one_line(arguments, told, capsys, tmp_path, monkeypatch):
         (["eval", "random", "--temperature", "nan"], "'nan' is no number"),
         (["eval", "random", "--window", "-1", "--context", "window"], "'-1' is no whole number"),
         (["diagnose", "ucb", "--output_dir", "x", "--parts", "greedyness"], "choose from"),
+        (["eval", "random", "--top_p", "1.5"], "'1.5' is no number from 0 to 1"),
+        (["eval", "random", "--invalid_action", "ask"], "choose from"),
+        (["eval", "random", "--env_timeout", "0"], "'0' is no number above 0"),
+        (["eval", "random", "--max_turns", "0"], "'0' is no whole number of at least 1"),
     ],
 )
 def test_arguments_are_checked_before_a_model_is_loaded(arguments, told, capsys, tmp_path, monkeypatch):
@@ -295,6 +299,55 @@ def test_a_person_leaves(monkeypatch, capsys, end):
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("end", ["QUIT", "Exit", "Q"])
+def test_a_person_leaves_where_any_text_is_an_action(monkeypatch, capsys, end):
+    """In capitals it was played."""
+    answers(monkeypatch, "3", end)
+    assert main(["play", "scripted:Words", "--seed", "5"]) == 0
+    assert "Return 1.00 so far, left after 1 step" in capsys.readouterr().out
+
+
+def test_what_does_not_end_by_itself_is_limited(monkeypatch, capsys, tmp_path):
+    """It hung, and nothing could limit it."""
+    out = ["--output_dir", str(tmp_path / "eval")]
+    limited = ["--env", "scripted:Endless", "--max_turns", "3"]
+    assert main(["eval", "greedy", *limited, "--num_episodes", "2", *out]) == 0
+    assert [len(record["turns"]) for record in read_records(tmp_path / "eval" / "episodes.jsonl")] == [3, 3]
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["settings"]["max_turns"] == 3
+    capsys.readouterr()
+    assert main(["play", "scripted:Endless", "--player", "greedy", "--seed", "1", "--max_turns", "3"]) == 0
+    assert "in 3 steps" in capsys.readouterr().out
+    answers(monkeypatch, *"abc", AssertionError("a fourth turn"))
+    assert main(["play", "scripted:Endless", "--seed", "1", "--max_turns", "3"]) == 0
+    assert "Return 4.00 in 3 steps" in capsys.readouterr().out
+    monkeypatch.setattr("trl_agents.agents.ENDLESS", 20)
+    new = ["--output_dir", str(tmp_path / "new")]
+    for command in (
+        ["eval", "greedy", "--env", "scripted:Endless"],
+        ["play", "scripted:Endless", "--player", "greedy"],
+    ):
+        assert "still going on after 20 turns" in error_of(capsys, *command, *(new if command[0] == "eval" else []))
+
+
+def test_an_environment_that_fails_every_time_is_told(capsys, tmp_path, model, monkeypatch):
+    """Of a table without columns it was said that a picture cannot have none."""
+    monkeypatch.setattr("scripted.Pay.step", lambda env, action: time.sleep(20))
+    settings = ["--max_new_tokens", "3", "--env_timeout", "0.1"]
+    out = ["--num_episodes", "1", "--output_dir", str(tmp_path / "eval")]
+    error = error_of(capsys, "eval", f"mine={model}", "--env", "scripted:Pay", *settings, *out)
+    assert "failed in every episode; the first time: no answer to `step` within 0.1 s" in error
+    assert list((tmp_path / "eval").iterdir()) == []  # nothing to go on from
+    assert main(["play", "scripted:Pay", "--player", model, "--seed", "1", *settings]) == 0
+    assert "The environment failed: no answer to `step` within 0.1 s" in capsys.readouterr().err
+
+
+def test_usual_settings_are_told_as_before(tmp_path):
+    """An evaluation that nobody limits has the `metrics.json` it always had."""
+    assert main(["eval", "random", "--num_episodes", "1", "--env_kwargs", SMALL, "--output_dir", str(tmp_path)]) == 0
+    told = json.loads((tmp_path / "metrics.json").read_text())["settings"]
+    assert not {"max_turns", "env_timeout", "top_p", "invalid_action", "max_episode_length"} & set(told)
+
+
 def test_a_person_plays_tic_tac_toe(monkeypatch, capsys):
     """Against the optimal opponent: two in a row are answered, and the outcome is told."""
     answers(monkeypatch, *"012345678", *"012345678")
@@ -327,6 +380,12 @@ def test_the_same_seed_is_the_same_episode_for_players(capsys):
         ("ACTION=this", None, "this"),
         ("quit", None, None),
         ("quit", ["quit"], "quit"),
+        ("QUIT", None, None),
+        ("Exit", None, None),
+        ("Q", None, None),
+        ("?", None, None),
+        ("ACTION=quit", None, "quit"),
+        ("Q", ["q", "r"], "q"),
     ],
 )
 def test_read_action(written, legal_actions, action):

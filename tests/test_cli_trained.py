@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from scripted import save_tiny_model
 
+import trl_agents.evaluation
 from trl_agents import ActionParser
 from trl_agents.agent_config import AGENT_CONFIG_FILE, AgentConfig
 from trl_agents.cli import main
@@ -42,8 +43,6 @@ def agent(tmp_path, weights):
 @pytest.fixture
 def played(monkeypatch):
     """What `play_model` was asked for, in turn."""
-    import trl_agents.evaluation
-
     play, asked = trl_agents.evaluation.play_model, []
 
     def record(model, tokenizer, env_id, seeds, **how):
@@ -79,6 +78,56 @@ def test_a_model_plays_as_it_was_trained(capsys, tmp_path, agent, played):
     assert metrics["settings"]["env_kwargs"] == SMALL
     assert metrics["settings"]["models"]["mine"]["max_completion_length"] == 6
     assert {len(record["turns"]) for record in read_records(tmp_path / "eval" / "episodes.jsonl")} == {4}  # all
+
+
+def test_a_model_plays_by_the_rules_of_its_training(capsys, tmp_path, agent, played):
+    """They were neither in the file nor used, and its evaluation differed from the trainer's without a word."""
+    rules = {"top_p": 0.9, "top_k": 40, "min_p": 0.1, "max_episode_length": 900, "invalid_action": "retry"}
+    rules |= {"max_retries": 1, "max_turns": 2}
+    mine = agent("mine", replace(TRAINED, **rules))
+    code, told, metrics = evaluate(capsys, tmp_path, "random", mine)
+    (asked,) = played
+    assert code == 0 and {name: asked[name] for name in rules} == rules
+    shown = ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in rules.items()
+    )
+    assert all(part in told for part in shown.split(", ")), told
+    assert metrics["settings"]["max_turns"] == 2 and metrics["settings"]["models"]["mine"]["top_p"] == 0.9
+    lengths = {record["player"]: len(record["turns"]) for record in read_records(tmp_path / "eval" / "episodes.jsonl")}
+    assert lengths == {"random": 2, "mine": 2}  # the limit is everybody's: two tries of one step are two turns
+    given = {"top_p": "1", "top_k": "0", "min_p": "0", "max_episode_length": "800", "invalid_action": "end"}
+    given |= {"max_retries": "0", "max_turns": "3"}
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    assert evaluate(capsys, tmp_path, mine, *arguments, "--env_timeout", "7")[0] == 0
+    assert {name: str(played[1][name]).removesuffix(".0") for name in given} == given and played[1]["env_timeout"] == 7
+
+
+def test_models_that_disagree_on_the_limit(capsys, tmp_path, agent, played):
+    models = [agent("one", replace(TRAINED, max_turns=3)), agent("two")]
+    code, error, _ = evaluate(capsys, tmp_path, *models)
+    assert code == 2 and played == []
+    assert "one was trained with the max_turns 3, two with no limit: say with --max_turns" in error
+    code, _, metrics = evaluate(capsys, tmp_path, *models, "--max_turns", "2")
+    assert code == 0 and [asked["max_turns"] for asked in played] == [2, 2]
+    other = replace(TRAINED, env_id="trl_agents/TicTacToe-v0", env_kwargs={}, max_turns=3)  # says nothing of a bandit
+    code, _, metrics = evaluate(capsys, tmp_path, agent("three", other), "--env", BANDIT)
+    assert code == 0 and played[-1]["max_turns"] is None and "max_turns" not in metrics["settings"]
+
+
+def test_a_diagnosis_has_the_limits_and_rules_of_its_own(capsys, tmp_path, agent, played, monkeypatch):
+    monkeypatch.setattr("trl_agents.diagnostics.players.play_model", trl_agents.evaluation.play_model)
+    rules = {"top_p": 0.9, "invalid_action": "end", "max_episode_length": 300, "max_turns": 2}
+    few = ["--num_instances", "1", "--parts", "greediness", "--env_timeout", "9"]
+    mine = agent("mine", replace(TRAINED, **rules))
+    assert main(["diagnose", mine, *few, "--output_dir", str(tmp_path / "out")]) == 0
+    (asked,) = played
+    assert (asked["max_turns"], asked["env_timeout"]) == (2, 9)
+    # Greedily, with room for the values, and random actions for invalid ones
+    assert not {"top_p", "invalid_action", "max_episode_length"} & set(asked)
+    told = json.loads((tmp_path / "out" / "diagnostics.json").read_text())["settings"]
+    assert told["max_turns"] == 2 and "max_episode_length" not in told
+    lengths = [len(record["turns"]) for record in read_records(tmp_path / "out" / "episodes.jsonl")]
+    assert set(lengths) == {2}
 
 
 def test_what_is_given_wins(capsys, tmp_path, agent, played):

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from matplotlib.image import imread
-from scripted import Pay
+from scripted import Endless, Pay
 
 from trl_agents.agents import UCBAgent
 from trl_agents.diagnostics import diagnose
@@ -42,6 +42,18 @@ def model():
 
 def is_interval(value):
     return set(value) == {"mean", "low", "high"} and value["low"] <= value["mean"] <= value["high"]
+
+
+def test_what_does_not_end_by_itself_is_limited(tmp_path):
+    """For a model, for scripted players and for text; without a limit the settings are told as ever."""
+    settings = {"n_instances": 2, "n_targets": 2, "n_histories": 2, "n_repetitions": 3, "progress": False}
+    for number, player in enumerate((lambda prompt: "ACTION=b", UCBAgent())):
+        folder = tmp_path / str(number)
+        result = diagnose(player, Endless, folder, parts=["greediness"], max_turns=4, **settings)
+        curves = result["parts"]["greediness"]["coverage_by_step"]
+        assert all(len(curve["mean"]) == 4 for curve in curves.values()) and result["settings"]["max_turns"] == 4
+    result = diagnose(UCBAgent(), Pay, tmp_path / "pay", parts=["greediness"], **settings)
+    assert not {"max_turns", "env_timeout"} & set(result["settings"])
 
 
 def test_everything_into_one_folder(tmp_path, model):

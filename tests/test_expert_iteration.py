@@ -28,6 +28,18 @@ def run_here(*arguments, config=CONFIGS[-1]):
     module.main(*parse(module, config, *arguments))
 
 
+def test_an_environment_without_an_end_of_its_own(tmp_path):
+    """Its scripted player, its warm-up and its rounds had no limit."""
+    limited = ["--env_id", "scripted:Endless", *SMALL, "--env_kwargs", "{}", "--max_turns", 4]
+    run_here(*limited, "--rounds", 1, "--num_transcripts", 120, "--output_dir", tmp_path)
+    shortened = table_of(tmp_path)["shortened"]
+    assert list(shortened) == ["random", "ucb", "start", "round_1"] and all(
+        one["mean"] == 1 for one in shortened.values()
+    )
+    with pytest.raises(ValueError, match="max_turns=0: give more than 0"):
+        run_here(*limited, "--max_turns", 0, "--output_dir", tmp_path)
+
+
 def table_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 

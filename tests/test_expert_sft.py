@@ -6,6 +6,9 @@ import json
 import pytest
 from recipe_runs import RECIPES, parse, recipe, run
 
+from trl_agents.episodes import sample_episodes
+from trl_agents.expert_data import expert_dataset
+
 
 SMALL = ["--env_kwargs", '{"n_arms": 3, "horizon": 4, "distribution": "bernoulli"}', "--num_episodes", 24]
 SMALL += ["--num_thought_episodes", 16, "--sft_batch_size", 8, "--num_eval_episodes", 6, "--rlft_steps", 1]
@@ -60,6 +63,37 @@ def test_minimax_in_a_window(tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics["return"]) == ["random", "minimax (expert)", "start", "thought"] and "regret" not in metrics
     assert metrics["return"]["minimax (expert)"]["mean"] > 0.5
+
+
+def test_the_clone_plays_and_learns_as_it_is_told(tmp_path, monkeypatch):
+    """Template arguments, `action_stop` and exploration held for the RL stage alone."""
+    played, cloned = [], []
+
+    def sample(model, tokenizer, env_id, seeds, **how):
+        played.append(how)
+        return sample_episodes(model, tokenizer, env_id, seeds, **how)
+
+    def clone(*args, **how):
+        cloned.append(how)
+        return expert_dataset(*args, **how)
+
+    monkeypatch.setattr("trl_agents.episodes.sample_episodes", sample)
+    monkeypatch.setattr("trl_agents.expert_data.expert_dataset", clone)
+    rules = {"action_stop": True, "top_k": 3, "max_turns": 3, "invalid_action": "end", "env_timeout": 60.0}
+    given = [part for name, value in rules.items() for part in (f"--{name}", value)]
+    given += ["--exploration", "try_all", "--chat_template_kwargs", '{"tag": 1}', "--forms", "behaviour", "thought"]
+    given += ["--rlft_steps", 0, "--output_dir", tmp_path]
+    module = recipe("expert_sft")
+    module.main(*parse(module, module.DEFAULT_CONFIG, *SMALL, *given))
+    assert cloned and all((how["chat_template_kwargs"], how["max_turns"]) == ({"tag": 1}, 3) for how in cloned)
+    assert [how["max_new_tokens"] for how in played] == [16, 16, 40]  # start, behaviour, thought
+    assert [how["env_kwargs"]["reasoning"] for how in played] == [False, False, True]
+    for how in played:
+        assert {name: how[name] for name in rules} == rules and "seed" not in how
+        assert (how["exploration"], how["chat_template_kwargs"]) == (["try_all"], {"tag": 1})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["coverage"]["behaviour"]["mean"] == 1  # each arm of three is tried in three turns
+    assert metrics["shortened"]["random"]["mean"] == 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import json
 import pytest
 from recipe_runs import parse, recipe
 
+from trl_agents.agent_config import read_agent_config
+from trl_agents.episodes import sample_episodes
+
 
 SMALL = ["--num_transcripts", 12, "--num_eval_episodes", 4, "--env_kwargs", '{"n_arms": 3, "horizon": 4}']
 SMALL += ["--max_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 2, "--rollout_batch_size", 8]
@@ -46,6 +49,43 @@ def test_without_training(tmp_path):
     table = run(tmp_path, "--max_steps", 0, names=["none", "self_consistency=2"])
     assert list(table) == ["coverage", "regret", "invalid_rate"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["warmup"]
+
+
+def test_the_model_plays_as_it_is_trained(tmp_path, monkeypatch):
+    """`action_stop` and what else is not usual held for the training alone."""
+    asked = []
+
+    def sample(model, tokenizer, env_id, seeds, **how):
+        asked.append(how)
+        return sample_episodes(model, tokenizer, env_id, seeds, **how)
+
+    monkeypatch.setattr("trl_agents.episodes.sample_episodes", sample)
+    rules = {
+        "action_stop": True,
+        "top_p": 0.9,
+        "top_k": 3,
+        "max_turns": 3,
+        "invalid_action": "end",
+        "env_timeout": 60.0,
+    }
+    given = [part for name, value in rules.items() for part in (f"--{name}", value)]
+    env = [
+        "--env_id",
+        "gymnasium:CliffWalking-v1",
+        "--env_kwargs",
+        "{}",
+        "--players",
+        "random",
+        "--eval_temperature",
+        0,
+    ]
+    table = run(tmp_path, *given, *env, "--max_steps", 0, names=["none", "try_all"])
+    assert [how["exploration"] for how in asked] == [[], ["try_all"]]
+    for how in asked:
+        assert {name: how[name] for name in rules} == rules and how["temperature"] == 0 and "seed" not in how
+        assert (how["context"], how["max_new_tokens"]) == ("window", 32)
+    assert list(table) == ["coverage", "return", "invalid_rate"]
+    assert read_agent_config(tmp_path / "warmup").max_turns == 3
 
 
 def test_without_regrets_returns_are_compared(tmp_path):

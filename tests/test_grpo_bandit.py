@@ -13,6 +13,8 @@ import pytest
 import recipe_runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trl_agents.agent_config import read_agent_config
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "recipes" / "grpo_bandit.py"
@@ -65,6 +67,20 @@ def test_remote_code_reaches_model_and_tokenizer(recipe, tmp_path, monkeypatch, 
     with pytest.raises(Reached, match=str(trusted)):
         recipe.main(*arguments)
     assert arguments[1].model_init_kwargs["trust_remote_code"] is trusted
+
+
+def test_an_environment_without_an_end_of_its_own(recipe, tmp_path):
+    """It hung at the very start, in the scripted players, and then would have in the warm-up."""
+    limited = ["--env_id", "gymnasium:CliffWalking-v1", "--env_kwargs", "{}", "--max_turns", 5, "--max_steps", 1]
+    limited += ["--players", "random", "--output_dir", tmp_path]
+    recipe.main(*arguments_of(recipe, *limited, *SMALL, *ONE_GROUP))
+    table = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(table["shortened"]) == ["random", "before", "after"]
+    assert all(value["mean"] == 1 for value in table["shortened"].values())
+    how = [read_agent_config(tmp_path / folder) for folder in ("", "warmup")]
+    assert [one.max_turns for one in how] == [5, 5]
+    with pytest.raises(ValueError, match="other settings .*max_turns 5, now 6"):
+        recipe.main(*arguments_of(recipe, *limited, "--max_turns", 6, *SMALL, *ONE_GROUP))
 
 
 def test_resuming_finds_the_warm_up_done(recipe, tmp_path, monkeypatch):

@@ -291,6 +291,13 @@ class TestLimits:
         assert [len(trajectory.turns) for trajectory in trajectories] == [2, 3, 3]
         assert trajectories[2].final_observation == "6 to go"
 
+    def test_an_episode_without_an_end_is_refused(self, monkeypatch):
+        monkeypatch.setattr("trl_agents.rollout.play.ENDLESS", 4)
+        with pytest.raises(ValueError, match="seed 5 is still going on after 4 turns.*limit it with max_turns"):
+            play(Steps, go, [Episode(5)])
+        assert play(Steps, go, [Episode(4)])[0].stop is StopReason.TERMINATED
+        assert len(play(Steps, go, [Episode(9)], max_turns=6)[0].turns) == 6
+
     def test_the_context_is_full(self):
         (whole,) = play(Steps, go, [Episode(5)])
         sizes = [len(turn.input_ids) + len(turn.action_ids) for turn in whole.turns]

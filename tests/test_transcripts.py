@@ -4,7 +4,7 @@
 import functools
 
 import pytest
-from scripted import Pay
+from scripted import Endless, Pay
 
 from trl_agents.agents import RandomAgent, play_episode
 from trl_agents.contexts import Briefing
@@ -16,6 +16,14 @@ from trl_agents.transcripts import chat_messages, play_transcripts, put_into_wor
 def test_an_environment_by_id_class_or_factory(env):
     rows = play_transcripts(env, RandomAgent(), range(2))["messages"]
     assert len(rows) == 2 and "ACTION=" in rows[0][1]["content"]
+
+
+def test_what_does_not_end_by_itself_is_limited(monkeypatch):
+    rows = play_transcripts(Endless, RandomAgent(), range(2), max_turns=4)["messages"]
+    assert [len(row) for row in rows] == [9, 9]  # four exchanges, and what the last action led to
+    monkeypatch.setattr("trl_agents.agents.ENDLESS", 20)
+    with pytest.raises(ValueError, match="max_turns"):
+        play_transcripts(Endless, RandomAgent(), range(2))
 
 
 def test_no_instances():

@@ -21,10 +21,13 @@ from typing import Any
 from .actions import DEFAULT_PATTERN, ActionParser
 from .envs.adapters import PREFIXES
 from .envs.make import make_env
+from .exploration import mechanism_names
 
 
 AGENT_CONFIG_FILE = "agent_config.json"
 VERSION = 1  # a file of a later one says what is not known here
+# In the file only where they are not the default: files of models that have no use for them stay as they were
+RULES = ("top_p", "top_k", "min_p", "max_turns", "max_episode_length", "invalid_action", "max_retries")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class AgentConfig:
             Its arguments.
         context, window, max_completion_length, action_stop, exploration, chat_template_kwargs:
             As in [`AgentGRPOConfig`].
+        top_p, top_k, min_p, max_turns, max_episode_length, invalid_action, max_retries:
+            Likewise.
         temperature (`float`):
             At which it is evaluated.
         action_parser ([`ActionParser`]):
@@ -62,19 +67,33 @@ class AgentConfig:
     action_parser: ActionParser = field(default_factory=ActionParser)
     parser_class: str | None = None
     left_out: tuple[str, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    max_turns: int | None = None
+    max_episode_length: int | None = None
+    invalid_action: str = "random"
+    max_retries: int = 2
 
     @classmethod
     def of_training(cls, args: Any, env: str | Callable[..., Any], action_parser: ActionParser) -> AgentConfig:
         """What [`AgentGRPOConfig`] `args` train to play in `env`."""
-        exploration = args.exploration or ()
+        lengths = [length for length in (args.max_episode_length, args.vllm_max_model_length) if length is not None]
         config = cls(
             context=args.context,
             window=args.window if args.context == "window" else None,
             max_completion_length=args.max_completion_length,
             temperature=args.evaluation_temperature,
             action_stop=args.action_stop,
-            exploration=(exploration,) if isinstance(exploration, str) else tuple(map(str, exploration)),
+            exploration=tuple(mechanism_names(args.exploration)),
             chat_template_kwargs=args.chat_template_kwargs,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            max_turns=args.max_turns,
+            max_episode_length=min(lengths, default=None),
+            invalid_action=args.invalid_action,
+            max_retries=args.max_retries,
         )
         return config.in_env(env, args.env_kwargs or {}).read_by(action_parser)
 
@@ -105,11 +124,15 @@ class AgentConfig:
             "exploration": list(self.exploration),
             "chat_template_kwargs": None if self.chat_template_kwargs is None else dict(self.chat_template_kwargs),
             "parser": self.action_parser,
+            **{name: getattr(self, name) for name in RULES},
         }
 
     def as_dict(self) -> dict[str, Any]:
         """What the file holds."""
         values = asdict(replace(self, action_parser=None))
+        for name in RULES:
+            if values[name] == getattr(AgentConfig, name):
+                del values[name]
         parser = self.action_parser
         patterns = None if parser.patterns == (DEFAULT_PATTERN,) else list(parser.patterns)
         values["action_parser"] = {"patterns": patterns, "template": parser.template, "timeout": parser.timeout}
@@ -162,16 +185,20 @@ _MUST_BE: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "context": ("'chat' or 'window'", lambda value: value in ("chat", "window")),
     "window": ("a number of steps or null", lambda value: value is None or _is_count(value, 0)),
     "max_completion_length": ("a number of tokens", lambda value: _is_count(value, 1)),
-    "temperature": (
-        "a number of at least 0",
-        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf,
-    ),
+    "temperature": ("a number of at least 0", lambda value: _is_number(value, math.inf)),
     "action_stop": ("true or false", lambda value: isinstance(value, bool)),
     "exploration": ("a list of names", lambda value: _are_texts(value)),
     "chat_template_kwargs": ("an object or null", lambda value: value is None or isinstance(value, dict)),
     "action_parser": ("an object", lambda value: isinstance(value, dict)),
     "parser_class": ("a name or null", lambda value: value is None or isinstance(value, str)),
     "left_out": ("a list of names", lambda value: _are_texts(value)),
+    "top_p": ("a number from 0 to 1", lambda value: _is_number(value, 1)),
+    "top_k": ("a number of tokens", lambda value: _is_count(value, 0)),
+    "min_p": ("a number from 0 to 1, or null", lambda value: value is None or _is_number(value, 1)),
+    "max_turns": ("a number of turns or null", lambda value: value is None or _is_count(value, 1)),
+    "max_episode_length": ("a number of tokens or null", lambda value: value is None or _is_count(value, 1)),
+    "invalid_action": ("'random', 'retry' or 'end'", lambda value: value in ("random", "retry", "end")),
+    "max_retries": ("a number of at least 0", lambda value: _is_count(value, 0)),
 }
 
 
@@ -205,6 +232,10 @@ def _name_of(factory: Callable[..., Any]) -> str | None:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most and value < math.inf
 
 
 def _are_texts(value: Any) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .envs.names import close_to
 from .envs.tictactoe import optimal_actions
-from .types import ParsedAction, StopReason, Trajectory, Turn
+from .types import ENDLESS, ParsedAction, StopReason, Trajectory, Turn
 
 
 class Agent(ABC):
@@ -371,6 +371,9 @@ def play_episode(env: Any, agent: Agent, *, seed: int, max_turns: int | None = N
 
     Returns:
         [`Trajectory`]: The episode, its turns without tokens.
+
+    Raises:
+        `ValueError`: without `max_turns`, if the episode is still going on after 10,000 turns.
     """
     observation, reset_info = env.reset(seed=seed)
     if "legal_actions" not in reset_info:
@@ -403,6 +406,11 @@ def play_episode(env: Any, agent: Agent, *, seed: int, max_turns: int | None = N
             stop = StopReason.TRUNCATED
         elif len(turns) == max_turns:
             stop = StopReason.MAX_TURNS
+        elif max_turns is None and len(turns) == ENDLESS:
+            raise ValueError(
+                f"The episode of seed {seed} is still going on after {ENDLESS:,} turns, and its environment may never "
+                "end it: limit it with max_turns."
+            )
 
     return Trajectory(
         seed=seed,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,10 +83,12 @@ def play_agents(
     seeds: Sequence[int],
     *,
     env_kwargs: Mapping[str, Any] | None = None,
+    max_turns: int | None = None,
     progress: bool = False,
 ) -> dict[str, list[Trajectory]]:
     """
-    Let scripted players play the same episodes.
+    Let scripted players play the same episodes, in this process: what an environment raises is raised, and one that
+    hangs is waited for.
 
     Args:
         env (`str` or `Callable`):
@@ -96,6 +99,8 @@ def play_agents(
             One episode each.
         env_kwargs (`Mapping`, *optional*):
             Arguments of the environment.
+        max_turns (`int`, *optional*):
+            Most turns of an episode. Without it, one that goes on for 10,000 is an error.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
 
@@ -111,7 +116,7 @@ def play_agents(
             for name, agent in agents.items():
                 played[name] = []
                 for seed in seeds:
-                    played[name].append(play_episode(made, agent, seed=seed))
+                    played[name].append(play_episode(made, agent, seed=seed, max_turns=max_turns))
                     bar.update()
     finally:
         made.close()
@@ -133,7 +138,8 @@ def play_opponents(
 
     Args:
         play (`Callable`):
-            Given the factory of an environment, plays games in it: `lambda env: trainer.play(seeds, env=env)`.
+            Given the factory of an environment, plays games in it: `lambda env: trainer.play(seeds, env=env)`. A
+            limit on their turns is its matter too.
         env (`str` or `Callable`):
             Environment id, class or factory.
         opponents (`Sequence[str]`):
@@ -168,12 +174,26 @@ def play_model(
     max_new_tokens: int = 256,
     action_stop: bool = False,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float | None = None,
+    max_turns: int | None = None,
+    max_episode_length: int | None = None,
+    invalid_action: str = "random",
+    max_retries: int = 2,
+    env_timeout: float | None = 120.0,
+    env_reset_timeout: float | None = None,
+    env_processes: bool = False,
     n_slots: int = 32,
     seed: int = 0,
     progress: bool = False,
 ) -> list[Trajectory]:
     """
     Let a language model play one episode from each seed.
+
+    An episode whose environment raises, hangs or returns something else than it should is begun again, and replaced by
+    another from its seed, as in training. One that is lost all the same is in the list with a `stop` that
+    [`is_fault`][StopReason], and tables leave it out.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -193,11 +213,26 @@ def play_model(
         exploration (`str`, `Sequence[str]` or [`Exploration`], *optional*):
             Mechanisms that make it explore, as for [`make_exploration`].
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Token budget of one reply. A reply without a legal action is replaced by a random one.
+            Token budget of one reply.
         action_stop (`bool`, *optional*, defaults to `False`):
             Whether a reply is over as soon as it states a legal action.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature, 0 for greedy decoding.
+        top_p, top_k, min_p (*optional*):
+            Truncations of the distribution, as in [`~transformers.GenerationConfig`]; off by default.
+        max_turns (`int`, *optional*):
+            Most turns of an episode. Without it, one that goes on for 10,000 is an error.
+        max_episode_length (`int`, *optional*):
+            Most tokens that a prompt and its reply may have together. Defaults to the model's number of positions.
+        invalid_action (`str`, *optional*, defaults to `"random"`):
+            What a reply without a legal action leads to: `"random"` plays a random legal action, `"retry"` asks again,
+            `"end"` ends the episode.
+        max_retries (`int`, *optional*, defaults to `2`):
+            With `invalid_action="retry"`, how often a step is asked again before the episode ends.
+        env_timeout, env_reset_timeout (`float`, *optional*, default to `120.0` and `env_timeout`):
+            Seconds an environment may take for a `step`, and for a `reset`, being made included. None waits for ever.
+        env_processes (`bool`, *optional*, defaults to `False`):
+            Whether each environment gets a process of its own, as in [`AgentGRPOConfig`].
         n_slots (`int`, *optional*, defaults to `32`):
             Episodes side by side.
         seed (`int`, *optional*, defaults to `0`):
@@ -212,13 +247,24 @@ def play_model(
     exploration.check_context(context)
     factory = functools.partial(make_env, env, **{**(env_kwargs or {}), **exploration.env_kwargs})
     probe = factory()
-    briefing = Briefing.of(probe)
-    probe.close()
+    try:
+        briefing = Briefing.of(probe)
+    finally:
+        with suppress(Exception):  # nothing depends on a clean end
+            probe.close()
     eos_token_ids = end_of_reply_ids(model, tokenizer)
     n_slots = max(min(n_slots, len(seeds)), 1)
-    backend = make_backend(model, tokenizer, n_slots, Sampling(tuple(eos_token_ids), temperature))
-    rules = Rules(max_new_tokens=max_new_tokens, max_length=positions_of(model), action_stop=action_stop)
-    pool = EnvPool(factory, n_slots)
+    sampling = Sampling(tuple(eos_token_ids), temperature, top_p, top_k, min_p)
+    backend = make_backend(model, tokenizer, n_slots, sampling)
+    rules = Rules(
+        max_new_tokens=max_new_tokens,
+        max_length=min((n for n in (positions_of(model), max_episode_length) if n is not None), default=None),
+        max_turns=max_turns,
+        invalid_action=invalid_action,
+        max_retries=max_retries,
+        action_stop=action_stop,
+    )
+    pool = EnvPool(factory, n_slots, env_timeout, env_reset_timeout, processes=env_processes)
     training = model.training
     model.eval()
     try:

@@ -164,7 +164,7 @@ def expert_dataset(
         chat_template_kwargs (`Mapping`, *optional*):
             With `tokenizer`, passed on to its chat template.
         max_turns (`int`, *optional*):
-            Most turns of an episode.
+            Most turns of an episode. Without it, one that goes on for 10,000 is an error.
         cache_dir (`str`, *optional*):
             Folder to write the rows to as they are made, for more than the memory holds; one that is there already is
             read, so use a new one where anything has changed. By default they are kept in memory.

@@ -35,6 +35,8 @@ class IterationArguments:
     env_kwargs: dict | str | None = argument(None, "Its settings, as JSON.")
     context: str = argument("chat", "What is read each turn.", choices=["chat", "window"])
     window: int | None = argument(None, "With a window, the number of transitions kept. Default: all.")
+    max_turns: int | None = argument(None, "Most turns of an episode, where its environment does not end it.")
+    env_timeout: float = argument(120.0, "Seconds an environment may take for a step or reset.")
     num_seeds: int = argument(128, "Starts that are played in a round, new ones in each.")
     num_transcripts: int = argument(1000, "Episodes of the random player that warm up the small model.")
     players: list[str] = argument(["random"], "Scripted ones, to compare with.")
@@ -72,7 +74,7 @@ class IterationArguments:
             raise ValueError(
                 f"{said} leaves nothing to learn: sample at least once, in a round or more, or give a file."
             )
-        check_positive(self, "num_eval", "num_seeds", "num_transcripts", "max_new_tokens")
+        check_positive(self, "num_eval", "num_seeds", "num_transcripts", "max_new_tokens", "max_turns", "env_timeout")
         if self.temperature < 0 or (self.window or 0) < 0:
             raise ValueError(f"temperature={self.temperature}, window={self.window}: neither may be negative.")
         self.best([])  # refuses its settings now, not after a round of playing
@@ -120,13 +122,14 @@ class PlayTask:
         self.args, self.training_args, self.dtype = args, training_args, dtype
         self.env_kwargs = as_settings(args.env_kwargs)
         self.reading = {"context": args.context, "window": args.window}
+        self.limit = {} if args.max_turns is None else {"max_turns": args.max_turns}
         self.seeds = held_out_seeds(args.num_eval)
-        self.played = play_agents(args.env_id, args.players, self.seeds, env_kwargs=self.env_kwargs)
+        self.played = play_agents(args.env_id, args.players, self.seeds, env_kwargs=self.env_kwargs, **self.limit)
 
     @property
     def settings(self) -> list[Any]:
         """What every stage's result depends on, for its stamp."""
-        return [self.args.env_id, self.env_kwargs, self.reading]
+        return [self.args.env_id, self.env_kwargs, {**self.reading, **self.limit}]
 
     def start(self, folder: Path) -> str:
         """A small model that has read the random player's episodes."""
@@ -139,6 +142,7 @@ class PlayTask:
             disable_tqdm=self.training_args.disable_tqdm,
             max_completion_length=self.args.max_new_tokens,
             **self.reading,
+            **self.limit,
         )
 
     def sample(self, folder: Path, number: int) -> list[LoggedEpisode]:
@@ -169,7 +173,8 @@ class PlayTask:
 
     def _play(self, folder: Path, **kwargs: Any) -> list[Any]:
         model = load_model(folder, device=self.training_args.device, dtype=self.dtype)
-        how = {"max_new_tokens": self.args.max_new_tokens, "temperature": self.args.temperature, **self.reading}
+        names = ("max_new_tokens", "temperature", "max_turns", "env_timeout")
+        how = {**{name: getattr(self.args, name) for name in names}, **self.reading}
         return sample_episodes(*model, self.args.env_id, env_kwargs=self.env_kwargs, **how, **kwargs)
 
 

@@ -322,6 +322,12 @@ def make_exploration(names: str | Sequence[str | Mechanism] | Exploration | None
     return Exploration([name if isinstance(name, Mechanism) else _make(name) for name in names])
 
 
+def mechanism_names(names: str | Sequence[str | Mechanism] | Exploration | None) -> list[str]:
+    """What [`make_exploration`] takes, as a file can hold it: names as they were given, objects by their own."""
+    given = names.mechanisms if isinstance(names, Exploration) else names
+    return [str(one) for one in ([given] if isinstance(given, (str, Mechanism)) else given or ())]
+
+
 def _make(spec: str) -> Mechanism:
     name, given, value = spec.partition("=")
     if name not in MECHANISMS:

@@ -13,6 +13,8 @@ from typing import Any
 from datasets import Dataset
 
 from ._trl import GRPOConfig, ModelConfig
+from .actions import ActionParser
+from .agent_config import AgentConfig
 from .checkpoints import find_checkpoint, last_checkpoint
 from .data import as_settings, load_questions
 from .envs.make import make_env
@@ -65,7 +67,7 @@ def warm_up(
 
     Args:
         env_id (`str`):
-            What it will play, with `env_kwargs` of `training_args`.
+            What it will play, with `env_kwargs` and `max_turns` of `training_args`.
         training_args ([`AgentGRPOConfig`]):
             Of the recipe's trainer.
         n_transcripts (`int`):
@@ -84,8 +86,9 @@ def warm_up(
     env_kwargs = training_args.env_kwargs or {}
     reading = {name: getattr(training_args, name) for name in ("seed", "context", "window")}
     running = {name: getattr(training_args, name) for name in ("disable_tqdm", "use_cpu", "max_completion_length")}
+    limit = {} if training_args.max_turns is None else {"max_turns": training_args.max_turns}
     env = functools.partial(make_env, env_id, **env_kwargs)
-    settings = {"n_transcripts": n_transcripts, "rationale": rationale, **reading, **running, **how}
+    settings = {"n_transcripts": n_transcripts, "rationale": rationale, **reading, **running, **limit, **how}
 
     def make(folder):
         announce(f"Warming up a small model on {n_transcripts} episodes")
@@ -93,7 +96,26 @@ def warm_up(
 
     stages = Stages(training_args.output_dir, env=[env_id, env_kwargs], **reading)
     spoken = {"rationale": getattr(rationale, "__name__", None), "parser": repr(how.get("parser"))}
-    return str(stages.run("warmup", make, n_transcripts=n_transcripts, **spoken))
+    return str(stages.run("warmup", make, n_transcripts=n_transcripts, **limit, **spoken))
+
+
+def trained_play(training_args: Any, env_id: str, parser: ActionParser | None = None) -> dict[str, Any]:
+    """
+    What lets a model play outside of its trainer as the trainer lets it: arguments of [`~evaluation.play_model`] and
+    [`~episodes.sample_episodes`].
+
+    Args:
+        training_args ([`AgentGRPOConfig`]):
+            Of the trainer.
+        env_id (`str`):
+            What is played.
+        parser ([`ActionParser`], *optional*):
+            Takes actions out of replies. Defaults to `ACTION=X`.
+    """
+    waiting = {name: getattr(training_args, name) for name in ("env_timeout", "env_reset_timeout", "env_processes")}
+    how = AgentConfig.of_training(training_args, env_id, parser or ActionParser()).arguments()
+    whole = {"env_kwargs": training_args.env_kwargs, "exploration": training_args.exploration}  # not as in a file
+    return {**how, **whole, **waiting}
 
 
 @dataclass

@@ -165,6 +165,7 @@ def make_tiny_model(
     context: str = "chat",
     window: int | None = None,
     parser: ActionParser | None = None,
+    max_turns: int | None = None,
     max_completion_length: int = 256,
     batch_size: int = 4,
     disable_tqdm: bool = False,
@@ -187,7 +188,7 @@ def make_tiny_model(
         agent ([`Agent`], *optional*):
             Whose episodes. Defaults to a random player that repeats itself a quarter of the time, so that transcripts
             show both: going on and changing.
-        rationale, context, window, parser (*optional*):
+        rationale, context, window, parser, max_turns (*optional*):
             As for [`~transcripts.play_transcripts`].
         max_completion_length (`int`, *optional*, defaults to `256`):
             Token budget of a reply, for the file that tells how the model plays ([`AgentConfig`]).
@@ -203,7 +204,8 @@ def make_tiny_model(
     """
     seeds = transcript_seeds(n_transcripts, seed)
     agent = agent or RandomAgent(repeat=0.25)
-    dataset = play_transcripts(env, agent, seeds, parser=parser, rationale=rationale, context=context, window=window)
+    reading = {"context": context, "window": window, "max_turns": max_turns}
+    dataset = play_transcripts(env, agent, seeds, parser=parser, rationale=rationale, **reading)
     texts = ["\n".join(message["content"] for message in row) for row in dataset["messages"][:200]]
     tokenizer = tiny_tokenizer(texts, phrases=_standing_texts(env))
     model = tiny_model(tokenizer, seed=seed)
@@ -217,7 +219,7 @@ def make_tiny_model(
         **sft_kwargs,
     }
     fine_tune(model, dataset, output_dir, epochs=1, batch_size=batch_size, tokenizer=tokenizer, seed=seed, **settings)
-    how = AgentConfig(context=context, window=window, max_completion_length=max_completion_length)
+    how = AgentConfig(**reading, max_completion_length=max_completion_length)
     if PartialState().is_main_process:
         how.in_env(env, {}).read_by(parser or ActionParser()).save(output_dir)
     PartialState().wait_for_everyone()

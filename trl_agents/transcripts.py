@@ -56,6 +56,7 @@ def play_transcripts(
     rationale: Callable[[str, str], str] | None = plain_rationale,
     context: str = "chat",
     window: int | None = None,
+    max_turns: int | None = None,
 ) -> Dataset:
     """
     Let a scripted player play, and write its episodes down as the conversations a model would have had.
@@ -75,6 +76,8 @@ def play_transcripts(
             `"chat"`: one conversation an episode; `"window"`: one exchange a turn.
         window (`int`, *optional*):
             With `"window"`, the number of transitions kept.
+        max_turns (`int`, *optional*):
+            Most turns of an episode. Without it, one that goes on for 10,000 is an error.
 
     Returns:
         `Dataset` with a column `messages` in the conversational format that TRL's trainers read.
@@ -86,7 +89,8 @@ def play_transcripts(
     with closing(make_env(env)) as env:
         briefing = Briefing.of(env)
         for seed in seeds:
-            trajectory = put_into_words(play_episode(env, agent, seed=seed), parser, rationale)
+            played = play_episode(env, agent, seed=seed, max_turns=max_turns)
+            trajectory = put_into_words(played, parser, rationale)
             if context == "chat":
                 conversations.append(chat_messages(trajectory, briefing))
             else:

@@ -13,6 +13,9 @@ from enum import StrEnum
 from typing import Any
 
 
+ENDLESS = 10_000  # turns after which an episode that nothing limits is taken for one without an end
+
+
 class InvalidReason(StrEnum):
     """Why a reply held no action. The values name the metrics `agents/invalid_<reason>`."""
 

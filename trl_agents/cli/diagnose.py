@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .model_arguments import add_model_arguments, settle
+from .model_arguments import NOT_OF_A_DIAGNOSIS, add_model_arguments, settle
 from .named import add_env, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
 from .players import load_model, name_player, shows_progress, warn_of_invalid
 
@@ -73,14 +73,15 @@ def run(args: argparse.Namespace) -> int:
 
     source = player.source if player.is_scripted else load_model(player.source, args.device, args.dtype)
     how = settings.of.get(player.label, args.untold).arguments()
-    del how["action_stop"]  # a diagnosis reads whole replies
+    how = {name: value for name, value in how.items() if name == "temperature" or name not in NOT_OF_A_DIAGNOSIS}
     result = diagnose(
         source,
         settings.env_id,
         folder,
         name=player.label,
         **({"parts": args.parts} if args.parts else {}),
-        **{**how, "env_kwargs": settings.env_kwargs},
+        **{**how, "env_kwargs": settings.env_kwargs, "max_turns": settings.max_turns},
+        env_timeout=args.env_timeout,
         n_instances=args.num_instances,
         seed=args.seed,
         max_new_tokens_ucb=args.max_new_tokens_ucb,

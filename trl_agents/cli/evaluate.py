@@ -37,7 +37,8 @@ examples:
 """
 
 
-_UNTOLD = ("run", "debug", "quiet", "untold", "not_taken", *OWN)  # `metrics.json` has what came of them
+# `metrics.json` has what came of them
+_UNTOLD = ("run", "debug", "quiet", "untold", "not_taken", "env_timeout", "max_turns", *OWN)
 _FREE = ("players", "models", "output_dir", "n_slots", "device")  # may differ when an interrupted evaluation goes on
 _PICTURES = ("regret.png", "measures.png")
 
@@ -69,14 +70,14 @@ def run(args: argparse.Namespace) -> int:
     settings = {**{name: value for name, value in vars(args).items() if name not in _UNTOLD}, **how.as_dict()}
     common = {name: value for name, value in settings.items() if name not in _FREE}
     earlier = _earlier(folder)
-    if earlier and any(earlier.get(name) != settings[name] for name in ("players", *common)):
+    if earlier and any(earlier.get(name) != settings.get(name) for name in ("players", "max_turns", *common)):
         what = describe_env(earlier["env"], earlier.get("env_kwargs"))
         warnings.warn(
             f"{folder} holds an earlier evaluation, of {', '.join(earlier['players'])} in {what}, which this one "
             "replaces: keep it by another --output_dir.",
             stacklevel=2,
         )
-    unfinished = Unfinished(folder, common, settings["models"])
+    unfinished = Unfinished(folder, {**common, "env_timeout": args.env_timeout}, settings["models"])
 
     from ..evaluation import held_out_seeds, plain_table, summarize
 
@@ -91,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
             warnings.warn(f"{player.label} had finished when this was interrupted: going on from there.", stacklevel=2)
         played[player.label] = done
     table = summarize(played)
+    if not table:
+        unfinished.delete()  # the environment may be mended, and nobody goes on from this
+        first = next(one.error for episodes in played.values() for one in episodes)
+        raise ValueError(f"The environment failed in every episode; the first time: {first}")
     for name, episodes in played.items():
         if faults := sum(one.stop.is_fault for one in episodes):
             warnings.warn(

@@ -17,7 +17,17 @@ from ..actions import ActionParser
 from ..agent_config import AGENT_CONFIG_FILE, AgentConfig, read_agent_config
 from ..envs.adapters import PREFIXES
 from ..exploration import make_exploration
-from .named import DEFAULT_ENV, as_mechanism, as_object, as_temperature, not_negative, positive
+from ..rollout.rules import INVALID_ACTION_CHOICES
+from .named import (
+    DEFAULT_ENV,
+    as_mechanism,
+    as_object,
+    as_seconds,
+    as_share,
+    as_temperature,
+    not_negative,
+    positive,
+)
 
 
 if TYPE_CHECKING:
@@ -34,15 +44,24 @@ OWN = {
     "action_pattern": "action_parser",
     "chat_template_kwargs": "chat_template_kwargs",
     "exploration": "exploration",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "max_episode_length": "max_episode_length",
+    "invalid_action": "invalid_action",
+    "max_retries": "max_retries",
 }
+# A diagnosis has its own: whole replies, room for the values, greedy decoding, random actions for invalid ones
+NOT_OF_A_DIAGNOSIS = ("temperature", "action_stop", "top_p", "top_k", "min_p")
+NOT_OF_A_DIAGNOSIS += ("invalid_action", "max_retries", "max_episode_length")
 
 
 def add_model_arguments(
     parser: argparse.ArgumentParser, context: str = "chat", temperature: float = 1.0, diagnosis: bool = False
 ) -> None:
     """
-    How models read and write, with these defaults; scripted players have no use for it. `diagnosis`: replies are never
-    ended by their action, and the temperature is the measurement's, not the model's.
+    How models read and write, with these defaults; scripted players have no use for it. `diagnosis`: without what
+    is the measurement's, not the model's ([`NOT_OF_A_DIAGNOSIS`]).
     """
     group = parser.add_argument_group(
         "how models read and write",
@@ -71,6 +90,28 @@ def add_model_arguments(
         metavar="X",
         help=f"0 is greedy (default: {temperature:g}{always})",
     )
+    if not diagnosis:
+        group.add_argument(
+            "--top_p", type=as_share, metavar="X", help="sample from the most probable tokens (default: 1, all)"
+        )
+        group.add_argument("--top_k", type=not_negative, metavar="N", help="likewise, so many (default: 0, all)")
+        group.add_argument(
+            "--min_p", type=as_share, metavar="X", help="likewise, by the best one's share (default: 0)"
+        )
+        group.add_argument(
+            "--invalid_action",
+            choices=INVALID_ACTION_CHOICES,
+            help="after a reply without a legal action: a random one, asked again, or the end (default: random)",
+        )
+        group.add_argument(
+            "--max_retries", type=not_negative, metavar="N", help="with --invalid_action retry (default: 2)"
+        )
+        group.add_argument(
+            "--max_episode_length",
+            type=positive,
+            metavar="N",
+            help="tokens of an episode (default: the model's positions)",
+        )
     group.add_argument(
         "--action_pattern", metavar="REGEX", help="finds the action, in its one group (default: ACTION=X)"
     )
@@ -88,27 +129,38 @@ def add_model_arguments(
         "--ignore_agent_config", action="store_true", help=f"as if no model had its {AGENT_CONFIG_FILE}"
     )
     group.add_argument("--n_slots", type=positive, default=32, metavar="N", help="episodes side by side (default: 32)")
+    group.add_argument(
+        "--env_timeout",
+        type=as_seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="for a step or reset of the environment, which is a fault if it takes longer (default: 120)",
+    )
     group.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     group.add_argument(
         "--dtype", default="auto", help="of the weights, such as bfloat16 (default: as they were saved)"
     )
     untold = AgentConfig(context=context, temperature=temperature)
-    parser.set_defaults(untold=untold, not_taken=("temperature", "action_stop") if diagnosis else ())
+    parser.set_defaults(untold=untold, not_taken=NOT_OF_A_DIAGNOSIS if diagnosis else ())
 
 
 @dataclass(frozen=True)
 class Settings:
-    """An environment for all players, and how each of the models plays in it, by its label."""
+    """An environment and its limit for all players, and how each of the models plays in it, by its label."""
 
     env_id: str
     env_kwargs: dict[str, Any]
     of: Mapping[str, AgentConfig]
+    max_turns: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `metrics.json`: what was played with, wherever it came from."""
         own = {label: config.as_dict() for label, config in self.of.items()}
-        shown = {label: {name: values[name] for name in OWN.values()} for label, values in own.items()}
-        return {"env": self.env_id, "env_kwargs": self.env_kwargs, "models": shown}
+        shown = {
+            label: {name: values[name] for name in OWN.values() if name in values} for label, values in own.items()
+        }
+        limit = {} if self.max_turns is None else {"max_turns": self.max_turns}
+        return {"env": self.env_id, "env_kwargs": self.env_kwargs, **limit, "models": shown}
 
 
 def settle(args: argparse.Namespace, players: Sequence[NamedPlayer]) -> Settings:
@@ -129,9 +181,12 @@ def settle(args: argparse.Namespace, players: Sequence[NamedPlayer]) -> Settings
     found = {} if args.ignore_agent_config else _read_files(models)
     taken: dict[str, dict[str, Any]] = {label: {} for label in found}
     env_id = args.env or _common_env(found)
-    env_kwargs = args.env_kwargs
+    env_kwargs, max_turns = args.env_kwargs, args.max_turns
+    of_env = {label: file for label, file in found.items() if file.env_id == env_id}
     if env_kwargs is None:
-        env_kwargs = _common_env_kwargs({label: file for label, file in found.items() if file.env_id == env_id})
+        env_kwargs = _common_env_kwargs(of_env)
+    if max_turns is None:
+        max_turns = _common_max_turns(of_env)
     for label, file in found.items():
         if args.env is None:
             taken[label]["env"] = env_id
@@ -143,6 +198,8 @@ def settle(args: argparse.Namespace, players: Sequence[NamedPlayer]) -> Settings
                     "give --env_kwargs, or it meets the environment's default.",
                     stacklevel=2,
                 )
+        if args.max_turns is None and max_turns is not None and label in of_env:
+            taken[label]["max_turns"] = max_turns
     of = {player.label: _own(args, player.label, found.get(player.label), taken) for player in models}
     # Without a model, for `--window` alone
     contexts = [config.context for config in of.values()] or [args.context or args.untold.context]
@@ -154,7 +211,7 @@ def settle(args: argparse.Namespace, players: Sequence[NamedPlayer]) -> Settings
                 f"{name} {value if isinstance(value, str) else _shown(value)}" for name, value in values.items()
             )
             warnings.warn(f"{label} plays as its {AGENT_CONFIG_FILE} says: {told}.", stacklevel=2)
-    return Settings(env_id, env_kwargs, of)
+    return Settings(env_id, env_kwargs, of, max_turns)
 
 
 def _read_files(models: Sequence[NamedPlayer]) -> dict[str, AgentConfig]:
@@ -188,18 +245,24 @@ def _common_env_kwargs(found: Mapping[str, AgentConfig]) -> dict[str, Any]:
     return next(iter(kwargs.values()), {})
 
 
-def _check_agreement(what: str, flag: str, values: Mapping[str, Any]) -> None:
+def _common_max_turns(found: Mapping[str, AgentConfig]) -> int | None:
+    limits = {label: file.max_turns for label, file in found.items()}
+    _check_agreement("max_turns", "--max_turns", limits, none="no limit")
+    return next(iter(limits.values()), None)
+
+
+def _check_agreement(what: str, flag: str, values: Mapping[str, Any], none: str = "without an id") -> None:
     (first, value), *others = values.items() if values else [("", None)]
     for label, other in others:
         if other != value:
             raise ValueError(
-                f"{first} was trained with the {what} {_shown(value)}, {label} with {_shown(other)}: say with {flag} "
-                "what all are to play."
+                f"{first} was trained with the {what} {_shown(value, none)}, {label} with {_shown(other, none)}: say "
+                f"with {flag} what all are to play."
             )
 
 
-def _shown(value: Any) -> str:
-    return "without an id" if value is None else json.dumps(value)
+def _shown(value: Any, none: str = "without an id") -> str:
+    return none if value is None else json.dumps(value)
 
 
 def _runs_what_it_names(env_id: str) -> bool:
@@ -226,9 +289,9 @@ def _own(
         if given.get("context", file.context) != file.context:
             used.pop("window", None)  # of the other context
         config = replace(config, **{field: getattr(file, field) for field in used.values()})
-        usual, values = AgentConfig().as_dict(), file.as_dict()
+        usual, values = AgentConfig().as_dict(), file.as_dict()  # of the usual rules neither says anything
         for name, field in used.items():
-            if field in ("context", "max_completion_length") or values[field] != usual[field]:
+            if field in ("context", "max_completion_length") or values.get(field) != usual.get(field):
                 taken[label][name] = values[field] if field != "action_parser" else values[field]["patterns"]
         if "action_pattern" in used:
             _check_parser(label, file)

@@ -27,13 +27,19 @@ def add_env(parser) -> None:
 
 
 def add_env_kwargs(parser) -> None:
-    """Add `--env_kwargs`, which all commands that make an environment have."""
+    """Add what all commands that make an environment have: `--env_kwargs`, and the limits of an episode in it."""
     parser.add_argument(
         "--env_kwargs",
         type=as_object,
         metavar="JSON",
         help='all arguments of the environment, such as \'{"n_arms": 10, "horizon": 20}\' (default: those of the '
         "models that were trained in it)",
+    )
+    parser.add_argument(
+        "--max_turns",
+        type=positive,
+        metavar="N",
+        help="of an episode, for environments without an end of their own (default: that of the models trained in it)",
     )
 
 
@@ -89,6 +95,24 @@ def as_temperature(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 0")
+    return value
+
+
+def as_share(text: str) -> float:
+    """A number from 0 to 1, for argparse's `type`."""
+    import argparse
+
+    if not 0 <= (value := as_temperature(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def as_seconds(text: str) -> float:
+    """A number above 0, for argparse's `type`."""
+    import argparse
+
+    if not (value := as_temperature(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import warnings
 from typing import Any
 
 from ..actions import ActionParser
@@ -30,6 +31,7 @@ examples:
 
 While playing, `?` shows the instructions again and `quit` (or Ctrl-D, or Ctrl-C) leaves.
 """
+LEAVING = ("quit", "exit", "q")  # in any case; a legal action of that name comes first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
             trajectory, whole = play_named(player, how, args, [args.seed], shows_progress(args))[0], True
             print(f"{trajectory.instructions}\n\n{trajectory}\n")
         else:
-            trajectory, whole = play_yourself(env, args.seed)
+            trajectory, whole = play_yourself(env, args.seed, how.max_turns)
     finally:
         env.close()
     name = args.player or "you"
+    if trajectory.stop.is_fault:
+        warnings.warn(f"The environment failed: {trajectory.error}", stacklevel=2)
     print(_summary(trajectory, whole, args.seed))
     if args.save:
         record = episode_record(trajectory, player=name, env_id=how.env_id, env_kwargs=how.env_kwargs)
@@ -67,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def play_yourself(env: Any, seed: int) -> tuple[Trajectory, bool]:
+def play_yourself(env: Any, seed: int, max_turns: int | None = None) -> tuple[Trajectory, bool]:
     """
-    Let the person at the terminal play an episode.
+    Let the person at the terminal play an episode, of at most `max_turns`.
 
     Returns:
         The [`Trajectory`], and whether the episode was played to its end.
@@ -88,6 +92,8 @@ def play_yourself(env: Any, seed: int) -> tuple[Trajectory, bool]:
         observation, reward, terminated, truncated, info = env.step(action)
         turns.append(Turn(read, (), (), written, ParsedAction(action), played, float(reward), info=info))
         stop = StopReason.TERMINATED if terminated else StopReason.TRUNCATED if truncated else None
+        if stop is None and len(turns) == max_turns:
+            stop = StopReason.MAX_TURNS
     if stop is not None and observation:
         print(f"\n{observation}")
     # An episode that was left has no end of the environment's own: we limited its turns
@@ -109,7 +115,7 @@ def _ask(legal_actions: list[str] | None, instructions: str) -> tuple[str, str |
         action = read_action(written, legal_actions)
         if action is not None:
             return written, action
-        if written.lower() in ("quit", "exit", "q"):
+        if written.lower() in LEAVING:
             return written, None
         if written == "?":
             print(instructions)
@@ -123,10 +129,10 @@ def _ask(legal_actions: list[str] | None, instructions: str) -> tuple[str, str |
 def read_action(written: str, legal_actions: list[str] | None) -> str | None:
     """The action that a person wrote: alone, in any case, or as a model would state it (`ACTION=X`)."""
     if legal_actions is None:
+        if written.lower() in ("", "?", *LEAVING):
+            return None
         stated = ActionParser().parse(written)
-        return (
-            stated.action if stated.is_valid else (written if written not in ("", "?", "quit", "q", "exit") else None)
-        )
+        return stated.action if stated.is_valid else written
     if written in legal_actions:
         return written
     folded = [action for action in legal_actions if action.casefold() == written.casefold()]

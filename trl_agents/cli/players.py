@@ -162,20 +162,21 @@ def play_named(
 ) -> list[Trajectory]:
     """An episode of `player` from each seed."""
     env_id, env_kwargs = settings.env_id, settings.env_kwargs
+    game = {"env_kwargs": env_kwargs, "max_turns": settings.max_turns}
     if player.is_scripted and len(seeds) == 1:  # without torch, whose import takes longer than the episode
         env = make_env(env_id, **env_kwargs)
         with _explained(player, env_id):
-            return [play_episode(env, make_agent(player.source, env), seed=seeds[0])]
+            return [play_episode(env, make_agent(player.source, env), seed=seeds[0], max_turns=settings.max_turns)]
 
     from ..evaluation import play_agents, play_model
 
     if player.is_scripted:
         with _explained(player, env_id):
-            played = play_agents(env_id, [player.source], seeds, env_kwargs=env_kwargs, progress=progress)
+            played = play_agents(env_id, [player.source], seeds, **game, progress=progress)
         return played[player.source]
     model, tokenizer = load_model(player.source, args.device, args.dtype)
-    how = {**settings.of[player.label].arguments(), "env_kwargs": env_kwargs}
-    return play_model(model, tokenizer, env_id, seeds, **how, n_slots=args.n_slots, seed=args.seed, progress=progress)
+    how = {**settings.of[player.label].arguments(), **game, "env_timeout": args.env_timeout, "n_slots": args.n_slots}
+    return play_model(model, tokenizer, env_id, seeds, **how, seed=args.seed, progress=progress)
 
 
 def warn_of_invalid(shares: Mapping[str, float], flags: str) -> None:

@@ -44,6 +44,9 @@ def diagnose(
     max_new_tokens: int = 256,
     max_new_tokens_ucb: int = 2048,
     temperature: float = 0.0,
+    max_turns: int | None = None,
+    env_timeout: float | None = 120.0,
+    env_reset_timeout: float | None = None,
     n_slots: int = 32,
     n_targets: int = 5,
     n_histories: int = 5,
@@ -95,6 +98,10 @@ def diagnose(
             The same where values are to be written down.
         temperature (`float`, *optional*, defaults to `0.0`):
             Sampling temperature of the episodes; the paper's is 0, greedy decoding.
+        max_turns (`int`, *optional*):
+            Most turns of an episode, for environments that do not end by themselves.
+        env_timeout, env_reset_timeout (*optional*):
+            As for [`~evaluation.play_model`].
         n_slots (`int`, *optional*, defaults to `32`):
             Episodes side by side.
         n_targets, n_histories, n_repetitions (`int`, *optional*, default to `5`, `5` and `100`):
@@ -120,7 +127,9 @@ def diagnose(
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise ValueError(f"parts={unknown!r}: there is no such part. Use some of {', '.join(PARTS)}.")
-    for argument, value in (("n_instances", n_instances), ("n_targets", n_targets), ("n_histories", n_histories)):
+    counts = {"n_instances": n_instances, "n_targets": n_targets, "n_histories": n_histories}
+    limit = {} if max_turns is None else {"max_turns": max_turns}
+    for argument, value in {**counts, **limit}.items():
         if value < 1:
             raise ValueError(f"{argument}={value!r}: give 1 or more.")
     exploration = make_exploration(exploration)
@@ -158,6 +167,7 @@ def diagnose(
             "max_new_tokens": max_new_tokens,
             "max_new_tokens_ucb": max_new_tokens_ucb,
             "temperature": temperature,
+            **limit,
             "n_targets": n_targets,
             "n_histories": n_histories,
             "n_repetitions": n_repetitions,
@@ -165,6 +175,8 @@ def diagnose(
         },
     )
     seeds = held_out_seeds(n_instances)
+    waiting = {"env_timeout": env_timeout, "env_reset_timeout": env_reset_timeout}
+    playing = {"temperature": temperature, "progress": progress, "max_turns": max_turns, **waiting}
 
     def greediness_part() -> tuple:
         probe = factory()
@@ -174,16 +186,10 @@ def diagnose(
         beside = references
         if beside is None:
             beside = ("random", "ucb", *(["linucb"] if "features" in first else []))
-        own = player.play(
-            factory,
-            seeds,
-            exploration=exploration,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            progress=progress,
-        )
+        own = player.play(factory, seeds, exploration=exploration, max_new_tokens=max_new_tokens, **playing)
         _check_played(own)
-        others = play_agents(factory, [n for n in beside if n != player.name], seeds, progress=progress)
+        names = [name for name in beside if name != player.name]
+        others = play_agents(factory, names, seeds, max_turns=max_turns, progress=progress)
         return greediness({player.name: own, **others}), own, player.name
 
     def frequency_bias_part() -> tuple:
@@ -194,9 +200,7 @@ def diagnose(
         return measured, invalid
 
     def knowing_doing_part() -> tuple:
-        measured, own = knowing_doing(
-            player, factory, seeds, max_new_tokens=max_new_tokens_ucb, temperature=temperature, progress=progress
-        )
+        measured, own = knowing_doing(player, factory, seeds, max_new_tokens=max_new_tokens_ucb, **playing)
         return measured, own, f"{player.name}, told to act by UCB"
 
     measure = {

@@ -139,6 +139,7 @@ def knowing_doing(
     temperature: float = 0.0,
     bonus: str = "ucb1",
     progress: bool = False,
+    **limits: Any,
 ) -> tuple[dict[str, Any], list[Trajectory]]:
     """
     Let a player play by UCB, and compare what it knows with what it does.
@@ -158,6 +159,8 @@ def knowing_doing(
             The bonus of the real values, as for [`UCBAgent`].
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        **limits:
+            `max_turns`, `env_timeout`, `env_reset_timeout`, as for [`~evaluation.play_model`].
 
     Returns:
         `tuple[dict, list[Trajectory]]`: as [`summarize_judgements`] says, and the episodes.
@@ -174,6 +177,7 @@ def knowing_doing(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         progress=progress,
+        **limits,
     )
     window = None if player.context.appends else player.context.window
     judged = [judge_episode(trajectory, window, bonus) for trajectory in played if not trajectory.stop.is_fault]

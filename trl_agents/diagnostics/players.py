@@ -96,8 +96,9 @@ class ModelPlayer:
         temperature: float,
         exploration: Exploration | None = None,
         progress: bool = False,
+        **limits: Any,
     ) -> list[Trajectory]:
-        """One episode from each of `seeds`."""
+        """One episode from each of `seeds`. `limits`: of turns and waiting, as for [`play_model`]."""
         return play_model(
             self.model,
             self.tokenizer,
@@ -111,6 +112,7 @@ class ModelPlayer:
             n_slots=self.n_slots,
             seed=self.seed,
             progress=progress,
+            **limits,
         )
 
     def probabilities(self, history: History, n_repetitions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -160,10 +162,18 @@ class AgentPlayer:
         made_with = (name for name in inspect.signature(type(self.agent)).parameters if hasattr(self.agent, name))
         return {"agent": type(self.agent).__name__, **{name: getattr(self.agent, name) for name in made_with}}
 
-    def play(self, factory: Callable[[], Any], seeds: Sequence[int], *, progress: bool = False, **_) -> list:
+    def play(
+        self,
+        factory: Callable[[], Any],
+        seeds: Sequence[int],
+        *,
+        max_turns: int | None = None,
+        progress: bool = False,
+        **_,
+    ) -> list[Trajectory]:
         """One episode from each of `seeds`."""
-        # A copy: what it remembers of an episode is none of its identity
-        return play_agents(factory, {self.name: copy.deepcopy(self.agent)}, seeds, progress=progress)[self.name]
+        agents = {self.name: copy.deepcopy(self.agent)}  # what it remembers of an episode is none of its identity
+        return play_agents(factory, agents, seeds, max_turns=max_turns, progress=progress)[self.name]
 
     def probabilities(self, history: History, n_repetitions: int) -> tuple[np.ndarray, np.ndarray]:
         """As for a model; nothing is left over."""
@@ -238,6 +248,9 @@ class TextPlayer:
         seeds: Sequence[int],
         *,
         exploration: Exploration | None = None,
+        max_turns: int | None = None,
+        env_timeout: float | None = 120.0,
+        env_reset_timeout: float | None = None,
         progress: bool = False,
         **_,
     ) -> list[Trajectory]:
@@ -245,7 +258,7 @@ class TextPlayer:
         probe = factory()
         briefing = Briefing.of(probe)
         probe.close()
-        pool = EnvPool(factory, max(min(self.n_slots, len(seeds)), 1))
+        pool = EnvPool(factory, max(min(self.n_slots, len(seeds)), 1), env_timeout, env_reset_timeout)
         try:
             rollout = Rollout(
                 pool,
@@ -253,7 +266,7 @@ class TextPlayer:
                 self.context,
                 self.parser,
                 briefing,
-                Rules(),
+                Rules(max_turns=max_turns),
                 exploration,
             )
             episodes = [Episode(number, (self.seed,)) for number in seeds]

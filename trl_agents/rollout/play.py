@@ -16,7 +16,7 @@ from typing import Any
 from ..actions import ActionParser
 from ..contexts import Briefing, rename_actions
 from ..exploration import Exploration, name_back, vote
-from ..types import ParsedAction, StopReason, Trajectory, Turn
+from ..types import ENDLESS, ParsedAction, StopReason, Trajectory, Turn
 from .faults import Fault
 from .generation import Backend, Reply
 from .places import End, Live, Places
@@ -236,6 +236,11 @@ class Player:
         return min(self.max_new_tokens, self.rules.max_length - len(live.reader.prompt_ids))
 
     def _out_of_turns(self, live: Live) -> bool:
+        if self.rules.max_turns is None and len(live.turns) >= ENDLESS:  # in a window no context gets full
+            raise ValueError(
+                f"The episode of seed {live.episode.seed} is still going on after {ENDLESS:,} turns, and its "
+                "environment may never end it: limit it with max_turns."
+            )
         return self.rules.max_turns is not None and len(live.turns) >= self.rules.max_turns
 
     def _on_reply(self, live: Live, reply: Reply) -> End | None:

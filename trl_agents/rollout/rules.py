@@ -51,7 +51,7 @@ class Rules:
         max_length (`int`, *optional*):
             Most tokens a prompt and its reply may have together; an episode that outgrows it is truncated.
         max_turns (`int`, *optional*):
-            Most turns of an episode.
+            Most turns of an episode. Without it, one that goes on for 10,000 is an error.
         invalid_action (`str`, *optional*, defaults to `"random"`):
             What a reply without a legal action leads to: `"random"` plays a random legal action (and ends the episode
             where the environment lists none), `"retry"` asks again, `"end"` ends the episode.

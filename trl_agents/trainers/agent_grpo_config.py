@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .._trl import GRPOConfig
-from ..exploration import make_exploration
+from ..exploration import make_exploration, mechanism_names
 from ..rollout.rules import INVALID_ACTION_CHOICES
 
 
@@ -318,6 +318,6 @@ class AgentGRPOConfig(GRPOConfig):
 
     def to_dict(self):
         values = super().to_dict()
-        if isinstance(self.exploration, (list, tuple)):
-            values["exploration"] = [str(mechanism) for mechanism in self.exploration]  # also one of the user's own
+        if self.exploration is not None and not isinstance(self.exploration, str):
+            values["exploration"] = mechanism_names(self.exploration)  # also one of the user's own
         return values
