@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run, make_env
+from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run
 from trl_agents.agents import GreedyAgent
 from trl_agents.envs.names import close_to
 from trl_agents.episodes import sample_episodes
@@ -26,11 +26,10 @@ from trl_agents.evaluation import held_out_seeds, play_agents, summarize
 from trl_agents.exploration import MECHANISMS
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
-from trl_agents.recipe import check_stages, stage_arguments, trained_play, trainer_settings
+from trl_agents.recipe import check_stages, stage_arguments, trained_play, trainer_settings, warm_up
 from trl_agents.report import report_stages
 from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import Stages, train_and_save
-from trl_agents.tiny import make_tiny_model
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "exploration_tiny.yaml"
@@ -60,9 +59,8 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     # What would fail after the warm-up is found now
     check_positive(script_args, "num_eval_episodes", "num_transcripts")
     greedy = GreedyAgent(untried=0.0, epsilon=script_args.transcript_epsilon)
-    env_kwargs = training_args.env_kwargs or {}
-    limit = {} if training_args.max_turns is None else {"max_turns": training_args.max_turns}
-    play_agents(script_args.env_id, script_args.players, held_out_seeds(1), env_kwargs=env_kwargs, **limit)
+    game = {"env_kwargs": training_args.env_kwargs or {}, "max_turns": training_args.max_turns}
+    play_agents(script_args.env_id, script_args.players, held_out_seeds(1), **game)
     arguments, known = {}, ("none", *MECHANISMS)
     for name in script_args.mechanisms:
         for each in (one.partition("=")[0] for one in name.split("+")):
@@ -73,21 +71,6 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
         arguments[name] = stage_arguments(training_args, folder, exploration=exploration)
         check_run(script_args.env_id, arguments[name], **adapters.trainer)
     loading = {"dtype": model_args.dtype or "auto", "attn_implementation": model_args.attn_implementation}
-    reading = {"context": training_args.context, "window": training_args.window}
-
-    def warm_up(folder):
-        make_tiny_model(
-            functools.partial(make_env, script_args.env_id, **env_kwargs),
-            folder,
-            n_transcripts=script_args.num_transcripts,
-            agent=greedy,
-            seed=training_args.seed,
-            use_cpu=training_args.use_cpu,
-            disable_tqdm=training_args.disable_tqdm,
-            max_completion_length=training_args.max_completion_length,
-            **reading,
-            **limit,
-        )
 
     def fine_tune(folder, args):
         args.model_init_kwargs = loading
@@ -110,21 +93,23 @@ def main(script_args: ScriptArguments, training_args: AgentGRPOConfig, model_arg
     stages = Stages(
         training_args.output_dir,
         model=model_args.model_name_or_path,
-        env=[script_args.env_id, env_kwargs],
+        env=[script_args.env_id, game["env_kwargs"]],
         seed=training_args.seed,
         **adapters.settings,
     )
-    warmth = {"transcripts": [script_args.num_transcripts, script_args.transcript_epsilon], **reading, **limit}
-    start = model_args.model_name_or_path or stages.run("warmup", warm_up, **warmth)
+    start = model_args.model_name_or_path or warm_up(
+        script_args.env_id, training_args, script_args.num_transcripts, agent=greedy
+    )
 
-    before = play_agents(script_args.env_id, script_args.players, seeds, env_kwargs=env_kwargs, **limit)
+    warmth = [script_args.num_transcripts, script_args.transcript_epsilon]
+    before = play_agents(script_args.env_id, script_args.players, seeds, **game)
     after, folders = {}, []
     for name, args in arguments.items():
         before[name] = play(start, args)
         if training_args.max_steps == 0:
             continue
         make = functools.partial(fine_tune, args=args)
-        folders.append(stages.run(f"rlft_{name}", make, **{**warmth, **trainer_settings(args)}))
+        folders.append(stages.run(f"rlft_{name}", make, transcripts=warmth, **trainer_settings(args)))
         after[name] = play(folders[-1], args)
     tables = {"": summarize(before), ", RLFT": summarize(after)}
     passed_over = "return" if "regret" in tables[""] else "regret"  # an environment of one's own tells no regret

@@ -41,6 +41,16 @@ def test_whole_episodes_are_not(stop):
     assert str(table["shortened"]["after"]) == "0.00 [0.00, 0.00]"
 
 
+def test_a_limit_that_everybody_meets_is_the_horizon():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limited = {name: [episode(4, StopReason.MAX_TURNS)] * 2 for name in ("random", "after")}
+        assert summarize(limited)["shortened"]["after"].mean == 1.0
+    limited["after"] = [episode(4, StopReason.MAX_TURNS), episode(2)]
+    with pytest.warns(UserWarning, match="cut short: 100.0% of 'random', 50.0% of 'after'"):
+        summarize(limited)
+
+
 def test_a_table_that_is_printed_can_be_read():
     table = summarize({"after": [episode(4), episode(2)]})
     assert str({"return": table["return"]}) == "{'return': {'after': 3.00 [2.00, 4.00]}}"
@@ -138,8 +148,8 @@ def test_an_environment_that_hangs_costs_its_own_episode(model, waiting):
 def test_by_default_it_is_not_waited_for_for_ever(model, monkeypatch):
     made = []
 
-    def pool(factory, n_slots, *waiting, processes):
-        made.append((*waiting, processes))
+    def pool(factory, n_slots, timeout, reset_timeout, processes):
+        made.append((timeout, reset_timeout, processes))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("trl_agents.evaluation.EnvPool", pool)

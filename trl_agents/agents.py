@@ -51,6 +51,11 @@ class Agent(ABC):
         """The actions that are legal now; those of the first step if `info` tells none."""
         return info.get("legal_actions", self.legal_actions)
 
+    def __repr__(self) -> str:
+        """Class and settings, the same in every run: stages are stamped with it."""
+        names = [name for name in inspect.signature(type(self)).parameters if name in vars(self)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
 
 class RandomAgent(Agent):
     """

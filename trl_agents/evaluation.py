@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .actions import ActionParser
 from .agents import Agent, make_agent, play_episode
-from .contexts import Briefing, make_context
+from .contexts import make_context
 from .envs.make import make_env
 from .exploration import Exploration, make_exploration
 from .rollout.generation import Sampling, end_of_reply_ids, make_backend, positions_of
 from .rollout.metrics import coverage, regret
 from .rollout.play import Player
+from .rollout.probe import Probe
 from .rollout.rules import Episode, Rules
 from .rollout.workers import EnvPool
 from .seeds import held_out_seeds as held_out_seeds  # belongs to evaluation, for those who only evaluate
@@ -246,12 +247,9 @@ def play_model(
     exploration = make_exploration(exploration)
     exploration.check_context(context)
     factory = functools.partial(make_env, env, **{**(env_kwargs or {}), **exploration.env_kwargs})
-    probe = factory()
-    try:
-        briefing = Briefing.of(probe)
-    finally:
-        with suppress(Exception):  # nothing depends on a clean end
-            probe.close()
+    limits = {"timeout": env_timeout, "reset_timeout": env_reset_timeout, "processes": env_processes}
+    with closing(Probe(factory, **limits, resets=False)) as probe:
+        briefing = probe.begin(0).briefing
     eos_token_ids = end_of_reply_ids(model, tokenizer)
     n_slots = max(min(n_slots, len(seeds)), 1)
     sampling = Sampling(tuple(eos_token_ids), temperature, top_p, top_k, min_p)
@@ -264,7 +262,7 @@ def play_model(
         max_retries=max_retries,
         action_stop=action_stop,
     )
-    pool = EnvPool(factory, n_slots, env_timeout, env_reset_timeout, processes=env_processes)
+    pool = EnvPool(factory, n_slots, **limits)
     training = model.training
     model.eval()
     try:
@@ -288,7 +286,8 @@ def summarize(
     An episode that was cut short (`max_turns`, a full context, an end by invalid actions) counts with the steps it
     had: its regret is smaller than a whole one's, which flatters a player that fails early. To leave it out would
     flatter too, as the episodes that went wrong would be gone. So `shortened` is the share of such episodes, and a
-    warning says it aloud: compare regrets, returns and coverage only of players for whom it is 0.
+    warning says it aloud: compare regrets, returns and coverage only of players for whom it is 0, or all of whose
+    episodes ended at the same `max_turns`.
 
     Args:
         played (`Mapping[str, Sequence[Trajectory]]`):
@@ -304,7 +303,8 @@ def summarize(
             if values:
                 table.setdefault(measure, {})[player] = interval(values)
     shares = {player: value.mean for player, value in table.get("shortened", {}).items() if value.mean > 0}
-    if shares:
+    # `max_turns` that ends every episode of everybody is the horizon
+    if shares and not all(each.stop is StopReason.MAX_TURNS for episodes in played.values() for each in episodes):
         warnings.warn(
             f"Episodes were cut short: {', '.join(f'{share:.1%} of {player!r}' for player, share in shares.items())}. "
             "Their regret and return lack the steps that were not played, so these players are not comparable with "

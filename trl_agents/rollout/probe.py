@@ -29,6 +29,19 @@ class Begun:
     observation: str
     info: dict[str, Any]
 
+    @property
+    def briefing(self) -> Briefing:
+        """The texts; raises `ValueError` if they are none."""
+        if not isinstance(self.texts.get("instructions"), str):
+            raise ValueError(
+                f"The environment {self.name} has no text `instructions`, with which an episode's prompt begins. Give "
+                "it that attribute."
+            )
+        for name, text in self.texts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{self.name}.{name} is {text!r}: make it a text, or leave it out.")
+        return Briefing(**self.texts)
+
 
 class Probe:
     """

@@ -18,7 +18,7 @@ from ..envs.make import make_env
 from ..envs.names import check_model_source
 from ..exploration import Exploration, make_exploration
 from ..launch import check_processes
-from ..rollout.probe import Begun, Probe
+from ..rollout.probe import Probe
 from ..rollout.processes import refuse_in_process_of_env
 from ..rollout.rules import Episode
 from .agent_grpo_config import AgentGRPOConfig
@@ -250,7 +250,7 @@ def check_environment(
     limits = args.env_timeout, args.env_reset_timeout, args.env_processes
     with closing(Probe(factory, *limits)) as probe:
         begun = probe.begin(Episode(row["seed"]).seed, row.get("options"))
-        briefing = check_briefing(begun)
+        briefing = begun.briefing
         legal_actions = begun.info.get("legal_actions")
         exploration = make_exploration(args.exploration)
         exploration.check_actions(legal_actions, legal_actions)
@@ -265,19 +265,6 @@ def check_environment(
             )
         _check_steady(probe, legal_actions, exploration)
     return briefing, begun.observation, begun.info
-
-
-def check_briefing(begun: Begun) -> Briefing:
-    """The standing texts of an environment; raises `ValueError` if they are none."""
-    if not isinstance(begun.texts.get("instructions"), str):
-        raise ValueError(
-            f"The environment {begun.name} has no text `instructions`, with which an episode's prompt begins. Give it "
-            "that attribute."
-        )
-    for name, text in begun.texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{begun.name}.{name} is {text!r}: make it a text, or leave it out.")
-    return Briefing(**begun.texts)
 
 
 def check_room(trainer: Any, briefing: Briefing, observation: str, info: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ from ..rollout.play import Clock, Episode, Player, Rules
 from ..rollout.probe import Probe
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
-from .checks import check_briefing
 from .display import TrainingDisplay
 
 
@@ -76,7 +75,7 @@ class PlayingGRPOTrainer(RolloutGRPOTrainer):
             factory = functools.partial(make_env, env, **self.exploration.env_kwargs)
             limits = self.args.env_timeout, self.args.env_reset_timeout, self.args.env_processes
             with closing(Probe(factory, *limits, resets=False)) as probe:
-                briefing = check_briefing(probe.begin(0))
+                briefing = probe.begin(0).briefing
             pool = self._make_pool(factory, self._n_slots(len(episodes)))
             try:
                 played, _ = self._play_in(pool, briefing, episodes, self._eval_temperature, "Evaluation")
