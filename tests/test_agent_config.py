@@ -36,6 +36,12 @@ def test_the_defaults_are_those_of_play_model():
         assert value == {"env_kwargs": {}, "exploration": [], "parser": ActionParser()}.get(name, default)
 
 
+@pytest.mark.parametrize("off", [None, -1])
+def test_all_ways_to_say_that_top_k_is_off_can_be_read(tmp_path, off):
+    of(tmp_path, top_k=off).save(tmp_path)
+    assert read_agent_config(tmp_path).top_k == 0
+
+
 @pytest.mark.parametrize(
     "settings",
     [

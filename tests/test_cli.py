@@ -574,6 +574,24 @@ def test_players_take_settings(capsys, tmp_path, monkeypatch):
     assert main(["play", "paying_fines:Fines", "--player", "thompson:prior=gaussian"]) == 0
 
 
+SLOW_TO_MAKE = """\
+import threading
+
+class Slow:
+    def __init__(self):
+        threading.Event().wait(20)
+"""
+
+
+@pytest.mark.parametrize("command", [["eval", "random"], ["diagnose", "random", "--parts", "greediness"]])
+def test_an_environment_that_cannot_be_made_in_time(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "slow_to_make.py").write_text(SLOW_TO_MAKE)
+    settings = ["--env", "slow_to_make:Slow", "--env_timeout", "0.2", "--output_dir", "x"]
+    assert "could not be begun" in error_of(capsys, *command, *settings)
+
+
 def test_mechanisms_are_named(capsys, tmp_path, model):
     settings = ["--env_kwargs", SMALL, "--num_episodes", "2", "--max_new_tokens", "6", "--output_dir", str(tmp_path)]
     assert main(["eval", f"mine={model}", *settings, "--exploration", "try_all"]) == 0

@@ -36,6 +36,8 @@ PARAMETERS = {
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen2.5-1.5B": 1_543_714_304,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "google/gemma-2-2b-it": 2_614_341_888,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "codellama/CodeLlama-7b-hf": 6_738_546_688,
@@ -103,8 +105,15 @@ def test_lora_takes_the_layers_that_peft_takes(tiny):
         model = get_peft_model(make(tiny), LoraConfig(r=2, target_modules=config, task_type="CAUSAL_LM"))
         plan = replace(PLAN, adapter=Adapter(2, targets))
         assert count_states(tiny, plan, ONE).n_trained == model.get_nb_trainable_parameters()[0]
-    with pytest.raises(ValueError, match="wq"):
-        count_states(tiny, replace(PLAN, adapter=Adapter(2, ("wq",))), ONE)
+    for nowhere in ("wq", "proj"):  # the end of a name is no name
+        with pytest.raises(ValueError, match=nowhere):
+            count_states(tiny, replace(PLAN, adapter=Adapter(2, (nowhere,))), ONE)
+
+
+def test_optimizers_that_are_not_known(tiny):
+    for name in ("galore_adamw", "adamw_torch_4bit"):
+        with pytest.raises(ValueError, match=f"optim='{name}' keeps is not known"):
+            count_states(tiny, replace(PLAN, optimizer=name), ONE)
 
 
 @pytest.mark.parametrize("double", [False, True])

@@ -45,6 +45,7 @@ def test_a_limit_that_everybody_meets_is_the_horizon():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         limited = {name: [episode(4, StopReason.MAX_TURNS)] * 2 for name in ("random", "after")}
+        limited["after"].append(episode(2, StopReason.ENV_ERROR))  # which no measure looks at
         assert summarize(limited)["shortened"]["after"].mean == 1.0
     limited["after"] = [episode(4, StopReason.MAX_TURNS), episode(2)]
     with pytest.warns(UserWarning, match="cut short: 100.0% of 'random', 50.0% of 'after'"):

@@ -146,6 +146,23 @@ class TestSettings:
         with pytest.raises(ValueError, match=f"exploration={name} .*this environment lists none.*leave it out"):
             play_model(model, tokenizer(), Unlisted, [3], exploration=name, max_new_tokens=8)
 
+    @pytest.mark.parametrize("name", ["epsilon_greedy=0.0", "try_all"])
+    def test_actions_that_are_listed_no_more_cost_the_episode(self, name):
+        """It is the environment's fault: the other episodes go on, and no setting has to be left out."""
+
+        class Forgets(Bandit):
+            def reset(self, **kwargs):
+                self.forgets = kwargs["seed"] == 1
+                return super().reset(**kwargs)
+
+            def step(self, action):
+                *rest, info = super().step(action)
+                return *rest, {} if self.forgets else info
+
+        trajectories = play(Forgets, lambda prompt: "ACTION=red", [Episode(0), Episode(1)], exploration=explore(name))
+        assert trajectories[0].stop is StopReason.TERMINATED
+        assert trajectories[1].stop is StopReason.ENV_ERROR and "legal_actions'] is gone" in trajectories[1].error
+
     def test_a_mechanism_of_one_s_own_that_needs_them_to_stay(self):
         class Own(Mechanism):
             needs_same_actions = True

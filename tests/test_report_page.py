@@ -155,6 +155,9 @@ def test_report_of_two_has_both_and_links_to_their_episodes(tmp_path):
     before = folder_of(tmp_path / "a" / "before", make_diagnosis("outputs/run/warmup", 0.41, 0.8))
     after = folder_of(tmp_path / "after", make_diagnosis("outputs/run", 0.85, 0.2))
     (before / "episodes.html").write_text("")
+    odd = folder_of(tmp_path / "50% #1", make_diagnosis())
+    (odd / "episodes.html").write_text("")
+    assert 'href="50%25%20%231/episodes.html"' in write_report([odd], tmp_path / "odd.html").read_text()
     path = write_report([before, after])
     text, markup = plain(path), path.read_text()
     assert "Diagnosis of run/warmup and run" in text  # without the folder they share
@@ -170,6 +173,8 @@ def test_players_of_one_name_are_told_apart_by_their_folders(tmp_path):
     text = plain(write_report(folders))
     assert "model (x)" in text and "model (y)" in text and "0.20 [0.15, 0.25] 0.30 [0.25, 0.35]" in text
     assert "model 1" in plain(write_report([make_diagnosis(), make_diagnosis()], tmp_path / "both.html"))
+    alike = [make_diagnosis(name) for name in ("model", "model", "model 2")]
+    assert "model 1, model 2 2 and model 2 3" in plain(write_report(alike, tmp_path / "alike.html"))
 
 
 def removals(value, path=()):
@@ -236,6 +241,11 @@ def test_line_chart_puts_values_where_they_belong():
     line = re.search(r'class="line c0" d="M([^"]+)"', chart)[1]
     assert line == "46.0 238.0 L448.0 12.0"  # from the lower left corner to the upper right one; the gap is bridged
     assert "<a>" not in chart and "&lt;a&gt;" in chart
+
+
+def test_one_step_is_a_point():
+    chart = line_chart({"a": {"mean": [0.5]}}, [1], x_label="x", y_label="y", y_max=1.0)
+    assert chart.count('class="line dot c0"') == 1
 
 
 def test_line_chart_needs_no_values():

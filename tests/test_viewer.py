@@ -161,6 +161,7 @@ def test_page_takes_trajectories_records_and_logged_episodes(played, tmp_path):
         ('{"turns": [{"observation": ""}]}', "this is no episode"),
         ('{"turns": 3}', "this is no episode"),
         ("[" * 100_000, "line 1: this is no JSON"),
+        ('{"turns": ' + "9" * 5000 + "}", "line 1: this is no JSON"),
         (b"\x89PNG\xff\xfe", "it is not text"),
     ],
 )
@@ -184,6 +185,14 @@ def test_any_values_in_a_file_make_a_page(tmp_path):
     odd = {"prompt": ["a"], "completion": ["b"], "player": 9, "env_kwargs": 4}
     data = page_data(write_page(tmp_path / "page.html", [row, odd]))
     assert data["episode-0"]["turns"][0]["said"] == "5" and data["episode-0"]["turns"][0]["regret"] == "inf"
+
+
+def test_numbers_of_any_size_and_kind_make_a_page(tmp_path):
+    turns = [{"text": "x", "observation": "", "action": "a", "valid": True, "reward": 1e308, "regret": 10**400}] * 2
+    numpys = {"turns": [{**turns[0], "reward": np.float32(0.5)}], "seed": np.int64(3)}
+    data = page_data(write_page(tmp_path / "page.html", [{"turns": turns}, numpys]))
+    assert (data["episode-0"]["return"], data["episode-0"]["turns"][0]["regret"]) == ("inf", str(10**400))
+    assert (data["episode-1"]["return"], data["episode-1"]["seed"]) == (0.5, "3")
 
 
 def test_data_cannot_end_its_script():

@@ -88,7 +88,7 @@ class AgentConfig:
             exploration=tuple(mechanism_names(args.exploration)),
             chat_template_kwargs=args.chat_template_kwargs,
             top_p=args.top_p,
-            top_k=args.top_k,
+            top_k=max(args.top_k or 0, 0),  # None, and vLLM's -1, are off too
             min_p=args.min_p,
             max_turns=args.max_turns,
             max_episode_length=min(lengths, default=None),

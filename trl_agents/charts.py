@@ -71,6 +71,8 @@ def line_chart(
             parts.append(f'<path class="band {colour}" d="M{" L".join([*high, *reversed(low)])}Z"/>')
         if len(mean) > 1:
             parts.append(f'<path class="line {colour}" d="M{" L".join(mean)}"/>')
+        elif mean:  # one step is a point
+            parts.append(f'<path class="line dot {colour}" d="M{mean[0]}h0"/>')
     for name, height in (lines or {}).items():  # above its line, which curves mostly stay below
         parts.append(_text(name, WIDTH - RIGHT - 4, up(height) - 5, "end", "tick mark"))
     parts.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')

@@ -304,7 +304,8 @@ def summarize(
                 table.setdefault(measure, {})[player] = interval(values)
     shares = {player: value.mean for player, value in table.get("shortened", {}).items() if value.mean > 0}
     # `max_turns` that ends every episode of everybody is the horizon
-    if shares and not all(each.stop is StopReason.MAX_TURNS for episodes in played.values() for each in episodes):
+    stops = {each.stop for episodes in played.values() for each in episodes if not each.stop.is_fault}
+    if shares and stops != {StopReason.MAX_TURNS}:
         warnings.warn(
             f"Episodes were cut short: {', '.join(f'{share:.1%} of {player!r}' for player, share in shares.items())}. "
             "Their regret and return lack the steps that were not played, so these players are not comparable with "

@@ -95,8 +95,8 @@ def warm_up(
         make_tiny_model(env, folder, **settings)
 
     stages = Stages(training_args.output_dir, env=[env_id, env_kwargs], **reading)
-    spoken = {"rationale": getattr(rationale, "__name__", None)}
-    spoken |= {name: repr(how.get(name)) for name in ("agent", "parser")}
+    spoken = {"rationale": getattr(rationale, "__name__", None), "parser": repr(how.get("parser"))}
+    spoken |= {"agent": repr(how["agent"])} if "agent" in how else {}
     return str(stages.run("warmup", make, n_transcripts=n_transcripts, **limit, **spoken))
 
 

@@ -130,7 +130,7 @@ def read_records(path: str | Path, player: str = "") -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             raise ValueError(f"{path}, line {number}: this is no JSON ({error}).") from None
         if not (isinstance(row, dict) and _is_episode(row)):
             raise ValueError(
@@ -195,7 +195,8 @@ def _as_record(episode: Trajectory | LoggedEpisode | Mapping[str, Any], of_all: 
     if isinstance(episode, Trajectory):
         return episode_record(episode, **of_all)
     if isinstance(episode, Mapping):
-        return {**of_all, **{name: value for name, value in episode.items() if value not in (None, "")}}
+        given = {name: storable(value) for name, value in episode.items()}
+        return {**of_all, **{name: value for name, value in given.items() if value not in (None, "")}}
     if episode.trajectory is not None:
         env = {"env_id": episode.env_id or of_all["env_id"], "env_kwargs": episode.env_kwargs or of_all["env_kwargs"]}
         return episode_record(episode.trajectory, **{**of_all, **env})
@@ -218,8 +219,8 @@ def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
         "player": _text(record.get("player")),
         "env": env,
         "seed": _text(record.get("seed")),
-        "return": _number(math.fsum(rewards) if return_ is None else return_),
-        "regret": _number(math.fsum(regrets)) if regrets else None,
+        "return": _number(_sum(rewards) if return_ is None else return_),
+        "regret": _number(_sum(regrets)) if regrets else None,
         "stop": _text(record.get("stop")),
         "error": _text(record.get("error")),
         "instructions": _text(record.get("instructions")),
@@ -324,7 +325,17 @@ def _number(value: Any) -> float | str:
     """JSON knows no infinity and no NaN: those become their names."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return _text(value)
-    return value if math.isfinite(value) else str(value)
+    try:
+        return value if math.isfinite(value) else str(value)
+    except OverflowError:  # an integer beyond all floats
+        return str(value)
+
+
+def _sum(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 def storable(value: Any) -> Any:

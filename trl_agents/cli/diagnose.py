@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from .model_arguments import NOT_OF_A_DIAGNOSIS, add_model_arguments, settle
-from .named import add_env, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
+from .named import add_env, add_env_kwargs, check_named_env, not_negative, positive, writable_folder
 from .players import load_model, name_player, shows_progress, warn_of_invalid
 
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     player = name_player(args.player)
     settings = settle(args, [player])
-    make_named_env(settings.env_id, settings.env_kwargs).close()
+    check_named_env(settings.env_id, settings.env_kwargs, args.env_timeout)
     folder = writable_folder(args.output_dir)
 
     from ..diagnostics.report import read_diagnosis, write_report

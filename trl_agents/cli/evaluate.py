@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..page import describe_env, write_text
 from ..viewer import episode_record, write_page, write_records
 from .model_arguments import OWN, add_model_arguments, settle
-from .named import add_env, add_env_kwargs, make_named_env, not_negative, positive, writable_folder
+from .named import add_env, add_env_kwargs, check_named_env, not_negative, positive, writable_folder
 from .players import console, name_players, play_named, shows_progress, warn_of_invalid
 from .unfinished import Unfinished
 
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     players = name_players(args.players)
     how = settle(args, players)
-    make_named_env(how.env_id, how.env_kwargs).close()
+    check_named_env(how.env_id, how.env_kwargs, args.env_timeout)
     folder = writable_folder(args.output_dir)
     settings = {**{name: value for name, value in vars(args).items() if name not in _UNTOLD}, **how.as_dict()}
     common = {name: value for name, value in settings.items() if name not in _FREE}

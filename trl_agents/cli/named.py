@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
 import tempfile
@@ -140,6 +142,15 @@ def make_named_env(env_id: str, env_kwargs: dict[str, Any]) -> Any:
             f"{env_id} is no text environment: it has no `instructions`. `check_env` tells what one needs."
         )
     return env
+
+
+def check_named_env(env_id: str, env_kwargs: dict[str, Any], timeout: float | None) -> None:
+    """Raises as [`make_named_env`], and for an environment that cannot be made within `timeout` seconds."""
+    from ..rollout.probe import Probe
+
+    factory = functools.partial(make_named_env, env_id, env_kwargs)
+    with contextlib.closing(Probe(factory, timeout, resets=False)) as probe:
+        probe.begin(0)
 
 
 def writable_folder(path: str) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..actions import ActionParser
 from ..envs.make import make_env
 from ..evaluation import held_out_seeds, play_agents
 from ..exploration import Exploration, make_exploration
+from ..rollout.probe import Probe
 from ..types import Trajectory
 from .folder import Folder
 from .frequency_bias import frequency_bias
@@ -136,7 +138,9 @@ def diagnose(
     exploration.check_context(context)
     env_kwargs = {**(env_kwargs or {}), **({} if horizon is None else {"horizon": horizon}), **exploration.env_kwargs}
     factory = functools.partial(make_env, env, **env_kwargs)
-    factory().close()  # a mistake shows before a model is loaded
+    waiting = {"env_timeout": env_timeout, "env_reset_timeout": env_reset_timeout}
+    with closing(Probe(factory, env_timeout, env_reset_timeout, resets=False)) as probe:
+        probe.begin(0)  # a mistake shows before a model is loaded
     env_id = env if isinstance(env, str) else getattr(env, "__qualname__", type(env).__name__)
     player = make_player(
         player,
@@ -175,13 +179,11 @@ def diagnose(
         },
     )
     seeds = held_out_seeds(n_instances)
-    waiting = {"env_timeout": env_timeout, "env_reset_timeout": env_reset_timeout}
     playing = {"temperature": temperature, "progress": progress, "max_turns": max_turns, **waiting}
 
     def greediness_part() -> tuple:
-        probe = factory()
-        first = probe.reset(seed=seeds[0])[1]
-        probe.close()
+        with closing(Probe(factory, env_timeout, env_reset_timeout)) as probe:
+            first = probe.begin(seeds[0]).info
         legal_actions_of(first)
         beside = references
         if beside is None:

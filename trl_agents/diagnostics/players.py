@@ -14,6 +14,7 @@ import inspect
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from ..actions import ActionParser
 from ..agents import AGENTS, Agent, RandomAgent, is_scripted, make_agent
-from ..contexts import Briefing, make_context
+from ..contexts import make_context
 from ..envs.names import close_to
 from ..evaluation import play_agents, play_model
 from ..exploration import Exploration
 from ..rollout.generation import BatchBackend, Reply, end_of_reply_ids, positions_of
 from ..rollout.play import Player as Rollout
+from ..rollout.probe import Probe
 from ..rollout.rules import Episode, Rules
 from ..rollout.workers import EnvPool
 from ..types import Trajectory
@@ -255,9 +257,8 @@ class TextPlayer:
         **_,
     ) -> list[Trajectory]:
         """One episode from each of `seeds`."""
-        probe = factory()
-        briefing = Briefing.of(probe)
-        probe.close()
+        with closing(Probe(factory, env_timeout, env_reset_timeout, resets=False)) as probe:
+            briefing = probe.begin(0).briefing
         pool = EnvPool(factory, max(min(self.n_slots, len(seeds)), 1), env_timeout, env_reset_timeout)
         try:
             rollout = Rollout(

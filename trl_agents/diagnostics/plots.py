@@ -40,7 +40,8 @@ def plot_coverage(part: Mapping[str, Any], path: str | Path, title: str = "") ->
     for number, (player, curve) in enumerate(curves.items()):
         steps, colour = np.arange(1, len(curve["mean"]) + 1), colours[number % len(colours)]
         label = f"{player} ({curve['mean'][-1]:.0%})"
-        axes.plot(steps, curve["mean"], color=colour, linewidth=2, label=label, linestyle="-" if number == 0 else "--")
+        style = {"linestyle": "-" if number == 0 else "--", "marker": "o" if len(steps) == 1 else None}
+        axes.plot(steps, curve["mean"], color=colour, linewidth=2, label=label, **style)
         axes.fill_between(steps, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel="actions tried", title=title, ylim=(0, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..charts import line_chart, stacked_bars
 from ..page import describe_env, html_page, write_text
@@ -82,7 +83,7 @@ def write_report(diagnoses: Sequence[str | Path | Mapping[str, Any]], path: str 
     read = [one if isinstance(one, Mapping) else read_diagnosis(one) for one in diagnoses]
     named = dict(zip(_labels(read, folders), read, strict=True))
     links = {
-        label: Path(os.path.relpath(folder / "episodes.html", path.parent)).as_posix()
+        label: quote(Path(os.path.relpath(folder / "episodes.html", path.parent)).as_posix())
         for label, folder in zip(named, folders, strict=True)
         if folder is not None and (folder / "episodes.html").exists()
     }
@@ -124,7 +125,9 @@ def _labels(read: Sequence[Mapping[str, Any]], folders: Sequence[Path | None]) -
         f"{player} ({folder.name})" if players.count(player) > 1 and folder is not None else player
         for player, folder in zip(players, folders, strict=True)
     ]
-    return [f"{label} {number}" if labels.count(label) > 1 else label for number, label in enumerate(labels, start=1)]
+    while len(set(labels)) < len(labels):  # again, if a number makes a name that another has
+        labels = [f"{one} {number}" if labels.count(one) > 1 else one for number, one in enumerate(labels, start=1)]
+    return labels
 
 
 def _body(title: str, named: Mapping[str, Mapping[str, Any]], links: Mapping[str, str]) -> str:

@@ -43,11 +43,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "EleutherAI/pythia-2.8b-deduped": {"model_type": "gpt_neox", "vocab_size": 50304, "tie_word_embeddings": False}
     | _layers(32, 2560, 10240, 32, max_position_embeddings=2048),
 }
+for _name in ("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B"):
+    PUBLISHED[f"{_name}-Instruct"] = PUBLISHED[_name] | {"max_position_embeddings": 32768}
 # The same shape under another name
 SAME = {
     "google/gemma-2-2b": "google/gemma-2-2b-it",
-    "Qwen/Qwen2.5-7B-Instruct": "Qwen/Qwen2.5-7B",
-    "Qwen/Qwen2.5-1.5B-Instruct": "Qwen/Qwen2.5-1.5B",
     "meta-llama/Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B",
     "EleutherAI/pythia-2.8b": "EleutherAI/pythia-2.8b-deduped",
 }

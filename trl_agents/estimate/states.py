@@ -127,7 +127,8 @@ def adapted_layers(shape: ModelShape, adapter: Adapter | None) -> list[Linear]:
             f"lora_target_modules={adapter.targets!r} names no layers of {shape.config.model_type}: say `all-linear`, "
             "or their names."
         )
-    found = [linear for linear in shape.linears if linear.name.endswith(tuple(targets))]
+    ends = tuple(f".{target}" for target in targets)  # whole names, as PEFT matches them
+    found = [linear for linear in shape.linears if f".{linear.name}".endswith(ends)]
     if not found:
         raise ValueError(f"lora_target_modules={list(targets)} are no layers of {shape.name}.")
     return found
@@ -175,7 +176,7 @@ def _optimizer_bytes(shape: ModelShape, plan: Plan, n_trained: int, number_bytes
         n_rest = n_trained - sum(a * b for a, b in sizes)
         return 4.0 * (sum(a + b for a, b in sizes) + n_rest)
     kind = next((kind for kind in sorted(STATES, key=len, reverse=True) if name.startswith(kind)), None)
-    if kind is None:
+    if kind is None or "4bit" in name:
         raise ValueError(f"What optim={plan.optimizer!r} keeps is not known: {', '.join((*STATES, FACTORED))} are.")
     if "8bit" in name:
         # Scales of 4 bytes a block of 256; transformers leaves embeddings in 32 bits

@@ -154,7 +154,10 @@ class Player:
 
     def _begin_turn(self, live: Live) -> End | None:
         """A question is open: name the actions, and answer it without the model where a mechanism says so."""
-        self.exploration.check_actions(live.reset_info.get("legal_actions"), live.info.get("legal_actions"))
+        listed, now = (info.get("legal_actions") for info in (live.reset_info, live.info))
+        if self.exploration.needs_actions and listed and not now:
+            return End(Fault.MALFORMED, "info['legal_actions'] is gone, which was there when the episode began")
+        self.exploration.check_actions(listed, now)
         live.names = self.exploration.relabel(live.past, live.chance)
         if live.names:
             self._rename(live)
