@@ -72,13 +72,14 @@ def test_remote_code_reaches_model_and_tokenizer(recipe, tmp_path, monkeypatch, 
 def test_an_environment_without_an_end_of_its_own(recipe, tmp_path):
     """It hung at the very start, in the scripted players, and then would have in the warm-up."""
     limited = ["--env_id", "gymnasium:CliffWalking-v1", "--env_kwargs", "{}", "--max_turns", 5, "--max_steps", 1]
-    limited += ["--players", "random", "--output_dir", tmp_path]
+    limited += ["--players", "random", "--eval_temperature", 0.25, "--invalid_action", "end", "--output_dir", tmp_path]
     recipe.main(*arguments_of(recipe, *limited, *SMALL, *ONE_GROUP))
     table = json.loads((tmp_path / "metrics.json").read_text())
     assert list(table["shortened"]) == ["random", "before", "after"]
     assert all(value["mean"] == 1 for value in table["shortened"].values())
     how = [read_agent_config(tmp_path / folder) for folder in ("", "warmup")]
-    assert [one.max_turns for one in how] == [5, 5]
+    assert how[0] == how[1] and how[0].max_turns == 5
+    assert (how[0].temperature, how[0].invalid_action) == (0.25, "end")
     with pytest.raises(ValueError, match="other settings .*max_turns 5, now 6"):
         recipe.main(*arguments_of(recipe, *limited, "--max_turns", 6, *SMALL, *ONE_GROUP))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 
 from ._trl import GRPOConfig, ModelConfig
@@ -93,6 +94,8 @@ def warm_up(
     def make(folder):
         announce(f"Warming up a small model on {n_transcripts} episodes")
         make_tiny_model(env, folder, **settings)
+        if PartialState().is_main_process:  # the trainer lets it play so before training
+            AgentConfig.of_training(training_args, env_id, how.get("parser") or ActionParser()).save(folder)
 
     stages = Stages(training_args.output_dir, env=[env_id, env_kwargs], **reading)
     spoken = {"rationale": getattr(rationale, "__name__", None), "parser": repr(how.get("parser"))}
