@@ -22,7 +22,7 @@ from .named import close_to
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from .model_arguments import Settings
 
@@ -120,11 +120,10 @@ def load_model(source: str, device: str | None = None, dtype: str = "auto") -> t
         `ValueError`: if there is none of that name, in a line.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    source = os.path.expanduser(source)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from ..diagnostics.players import load_model
+
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"--dtype {dtype}: there is no such type of weights. Use bfloat16, float16 or float32.")
     try:
@@ -132,17 +131,7 @@ def load_model(source: str, device: str | None = None, dtype: str = "auto") -> t
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}).") from error
     logging.disable_progress_bar()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        return model.to(device), tokenizer
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
-        where = "The folder" if Path(source).is_dir() else "No folder here, and the Hub gave no model:"
-        raise ValueError(
-            f"No model could be loaded from {source!r}. {where} ({type(error).__name__}: {reason})"
-        ) from error
+    return load_model(os.path.expanduser(source), device, dtype)
 
 
 @contextlib.contextmanager

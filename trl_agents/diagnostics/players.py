@@ -15,6 +15,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -365,15 +366,23 @@ def make_player(
     )
 
 
-def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, on the GPU if there is one; a `ValueError` says what is amiss."""
+def load_model(
+    path: str, device: str | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A causal language model, with its adapters if it has any, and its tokenizer, on the GPU if there is one and
+    `device` says nothing else. A `ValueError` tells in a line why there is none.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 200 else f"{reason[:200]}..."
+        where = "The folder" if Path(path).is_dir() else "No folder here, and the Hub gave no model:"
         raise ValueError(
-            f"No model could be loaded from {path!r} ({first}).{close_to(path, AGENTS)} Give a folder with a saved "
-            f"model and its tokenizer, an id on the Hub, or one of the scripted players: {', '.join(AGENTS)}."
+            f"No model could be loaded from {path!r}. {where} ({type(error).__name__}: {reason})."
+            f"{close_to(path, AGENTS)} Give a folder with a saved model and its tokenizer, an id on the Hub, or one "
+            f"of the scripted players: {', '.join(AGENTS)}."
         ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
