@@ -27,7 +27,7 @@ from trl_agents.agents import make_agent
 from trl_agents.data import as_settings
 from trl_agents.diagnostics.greediness import suffix_failure
 from trl_agents.episodes import sample_episodes
-from trl_agents.evaluation import held_out_seeds, play_agents, summarize
+from trl_agents.evaluation import held_out_seeds, play_agents
 from trl_agents.expert_data import FORMS, agreement, expert_dataset
 from trl_agents.experts import Expert, make_expert
 from trl_agents.plots import plot_regret
@@ -37,6 +37,7 @@ from trl_agents.report import report_stages
 from trl_agents.script import argument, check_positive, run
 from trl_agents.seeds import expert_seeds
 from trl_agents.stages import Stages, stage_config, train_and_save
+from trl_agents.tables import summarize
 from trl_agents.tiny import save_tiny_start
 
 

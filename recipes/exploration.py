@@ -22,7 +22,7 @@ from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run
 from trl_agents.agents import GreedyAgent
 from trl_agents.envs.names import close_to
 from trl_agents.episodes import sample_episodes
-from trl_agents.evaluation import held_out_seeds, play_agents, summarize
+from trl_agents.evaluation import held_out_seeds, play_agents
 from trl_agents.exploration import MECHANISMS
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model
@@ -30,6 +30,7 @@ from trl_agents.recipe import check_stages, stage_arguments, trained_play, train
 from trl_agents.report import report_stages
 from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import Stages, train_and_save
+from trl_agents.tables import summarize
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "exploration_tiny.yaml"

@@ -19,11 +19,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_agents import ActionParser, AgentPPOConfig, AgentPPOTrainer, OpponentPool, check_run, make_env
 from trl_agents.agents import RandomAgent
 from trl_agents.envs.tictactoe import TicTacToe
-from trl_agents.evaluation import held_out_seeds, play_agents, play_opponents, summarize
+from trl_agents.evaluation import held_out_seeds, play_agents, play_opponents
 from trl_agents.recipe import announce_training, check_resumption, load_as, warm_up
 from trl_agents.report import report_games
 from trl_agents.script import argument, check_positive, run
 from trl_agents.stages import announce
+from trl_agents.tables import summarize
 from trl_agents.transcripts import board_rationale
 
 

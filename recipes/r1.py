@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, check_run
-from trl_agents.evaluation import table_of
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import load_model, self_training_rows
 from trl_agents.r1 import PHRASES, WellFormedGrading, evaluate_r1, mixed_corpus, r1_prompt_completion
@@ -29,6 +28,7 @@ from trl_agents.rewards import Grading, think_answer_format_reward
 from trl_agents.script import argument, check_positive, run
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, train_and_save
+from trl_agents.tables import table_of
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 
 

@@ -20,7 +20,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_agents import AgentPPOConfig, AgentPPOTrainer, check_run
 from trl_agents.data import prompt_completion
-from trl_agents.evaluation import table_of
 from trl_agents.lora import StageAdapters
 from trl_agents.questions import answer_pairs, evaluate_answers, load_model, self_training_rows
 from trl_agents.recipe import QuestionArguments, check_stages, machine_settings, stage_arguments, trainer_settings
@@ -30,6 +29,7 @@ from trl_agents.rewards import Grading
 from trl_agents.script import argument, check_positive, run
 from trl_agents.sft import fine_tune
 from trl_agents.stages import Stages, train_and_save
+from trl_agents.tables import table_of
 from trl_agents.tiny import save_tiny_start
 
 

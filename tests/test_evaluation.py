@@ -12,7 +12,8 @@ import pytest
 from faulty_env import Doomed, Nonce
 from scripted import Endless, Pay
 
-from trl_agents.evaluation import play_agents, play_model, summarize
+from trl_agents.evaluation import play_agents, play_model
+from trl_agents.tables import summarize
 from trl_agents.tiny import tiny_model, tiny_tokenizer
 from trl_agents.types import ParsedAction, StopReason, Trajectory, Turn
 

@@ -9,8 +9,9 @@ import pytest
 
 from trl_agents import make_env
 from trl_agents.agents import MinimaxAgent, RandomAgent, play_episode
-from trl_agents.evaluation import interval, markdown_games, play_agents, play_opponents, summarize_games
+from trl_agents.evaluation import play_agents, play_opponents
 from trl_agents.plots import draw_game, plot_outcomes, plot_returns
+from trl_agents.tables import interval, markdown_games, summarize_games
 from trl_agents.transcripts import board_rationale, play_transcripts
 from trl_agents.types import InvalidReason, ParsedAction, StopReason, Trajectory, Turn
 

@@ -42,7 +42,7 @@ LAYERS = [
     (2, ["checkpoints"]),
     (2, ["launch"]),
     (3, ["_trl"]),
-    (3, ["evaluation", "episodes", "expert_data", "plots"]),
+    (3, ["tables", "evaluation", "episodes", "expert_data", "plots"]),
     (3, ["questions", "preference_eval", "r1"]),
     (3, ["model_opponent", "self_play"]),
     (4, ["trainers"]),

@@ -35,10 +35,11 @@ from trl import DPOConfig, DPOTrainer
 from trl_agents import AgentGRPOConfig, AgentGRPOTrainer, AgentPPOConfig, AgentPPOTrainer, hub, make_env
 from trl_agents.agent_config import AGENT_CONFIG_FILE
 from trl_agents.episodes import read_episodes
-from trl_agents.evaluation import Interval, held_out_seeds, markdown_table, summarize
+from trl_agents.evaluation import held_out_seeds
 from trl_agents.hub import Token, push_folder
 from trl_agents.recipe import stage_arguments
 from trl_agents.report import push_stages, report_stages
+from trl_agents.tables import Interval, markdown_table, summarize
 from trl_agents.tiny import make_tiny_model
 from trl_agents.value_head import VALUE_HEAD_FILE
 

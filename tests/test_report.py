@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from trl_agents.evaluation import Interval
 from trl_agents.plots import plot_accuracy, plot_measures
 from trl_agents.report import add_results, report_players, report_stages
+from trl_agents.tables import Interval
 from trl_agents.types import ParsedAction, StopReason, Trajectory, Turn
 
 

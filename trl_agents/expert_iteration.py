@@ -18,12 +18,13 @@ from accelerate import PartialState
 from .data import as_settings, load_questions, prompt_completion
 from .envs.make import make_env
 from .episodes import LoggedEpisode, best_episodes, log_answers, log_episodes, sample_episodes
-from .evaluation import held_out_seeds, interval, markdown_table, plain_table, play_agents, summarize
+from .evaluation import held_out_seeds, play_agents
 from .plots import plot_players
 from .questions import answer_questions, evaluate_answers, load_model
 from .report import add_to_cards, announce_files, push_stages, report_stages
 from .rewards import Grading
 from .script import argument, check_positive
+from .tables import interval, markdown_table, plain_table, summarize
 from .tiny import make_tiny_model, save_tiny_start
 
 

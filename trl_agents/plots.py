@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .envs.tictactoe import render_board
-from .evaluation import Interval, Score, cumulative_regret
+from .tables import Interval, Score, cumulative_regret
 from .types import Trajectory
 
 

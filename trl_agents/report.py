@@ -12,7 +12,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .evaluation import Interval, markdown_games, markdown_table, plain_table, summarize, summarize_games
 from .hub import push_folder, stage_repository
 from .plots import (
     draw_game,
@@ -24,6 +23,7 @@ from .plots import (
     plot_returns,
 )
 from .stages import announce
+from .tables import Interval, markdown_games, markdown_table, plain_table, summarize, summarize_games
 from .types import Trajectory
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
-from .evaluation import Interval, table_of
 from .lora import StageAdapters
 from .preference_eval import evaluate_replies
 from .preferences import PreferenceArguments, utility_reward
@@ -20,6 +19,7 @@ from .recipe import machine_settings
 from .reward_model import fit_reward_model, get_model_reward
 from .sft import fine_tune
 from .stages import Stages
+from .tables import Interval, table_of
 from .tiny import save_tiny_start
 
 

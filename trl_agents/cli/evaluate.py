@@ -20,7 +20,7 @@ from .unfinished import Unfinished
 
 
 if TYPE_CHECKING:
-    from ..evaluation import Interval
+    from ..tables import Interval
 
 
 HELP = "compare players and models on the same held-out episodes"
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         )
     unfinished = Unfinished(folder, {**common, "env_timeout": args.env_timeout}, settings["models"])
 
-    from ..evaluation import held_out_seeds, plain_table, summarize
+    from ..evaluation import held_out_seeds
+    from ..tables import plain_table, summarize
 
     seeds = held_out_seeds(args.num_episodes)
     played = {}

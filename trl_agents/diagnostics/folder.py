@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import MEASURES, interval
+from ..tables import MEASURES, interval
 from ..types import Trajectory
 from ..viewer import episode_record, read_records, write_records
 from .plots import plot_coverage, plot_frequency_bias, plot_knowing_doing

@@ -29,7 +29,7 @@ from scipy.stats import pearsonr
 from tqdm.auto import tqdm
 
 from ..contexts import last
-from ..evaluation import interval
+from ..tables import interval
 from .greediness import best_of, intervals
 from .histories import History, NotMeasurable, random_histories
 

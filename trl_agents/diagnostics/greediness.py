@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation import MEASURES as OF_EPISODES
-from ..evaluation import interval
+from ..tables import MEASURES as OF_EPISODES
+from ..tables import interval
 from ..types import Trajectory, Turn
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from ..agents import UCBAgent
 from ..contexts import last
-from ..evaluation import interval
+from ..tables import interval
 from ..types import Trajectory, Turn
 from .greediness import best_of
 from .histories import NotMeasurable, Transition, check_actions_stay, shown_reward
