@@ -148,6 +148,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads t
 
 @linux
 class TestProcesses:
+    @pytest.mark.slow
     def test_whatever_befalls_it(self, tmp_path):
         """Hangs, ends its process, will not be closed: it and its helper are gone, the neighbours notice nothing."""
         factory = functools.partial(Doomed, str(tmp_path))

@@ -142,7 +142,7 @@ def test_the_default_recipe_learns(tmp_path, seed):
 # -- ppo_tictactoe ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["random", "first", "self_play"])
+@pytest.fixture(scope="module", params=["random", pytest.param("first", marks=pytest.mark.slow), "self_play"])
 def short_games(request, tmp_path_factory):
     """The recipe with everything small: seats by chance, a fixed seat, and against itself."""
     output_dir = tmp_path_factory.mktemp(request.param)
