@@ -3,6 +3,8 @@
 
 import json
 import math
+import threading
+import time
 import warnings
 
 import pytest
@@ -235,6 +237,19 @@ def test_an_environment_that_breaks(tmp_path):
         ValueError, match="failed in every episode; the first time: RuntimeError: the environment broke"
     ):
         diagnose(lambda prompt: "ACTION=x", Pay, tmp_path, env_kwargs={"actions": "abx"}, **SMALL)
+
+
+class NeverBegins(Pay):
+    def reset(self, **kwargs):
+        threading.Event().wait(20)
+        return super().reset(**kwargs)
+
+
+def test_an_environment_that_does_not_begin_is_not_waited_for(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="could not be begun"):
+        diagnose(lambda prompt: "ACTION=a", NeverBegins, tmp_path, parts=["greediness"], env_timeout=0.1, **SMALL)
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize(

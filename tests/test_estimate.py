@@ -78,6 +78,8 @@ def bytes_of(tensors) -> int:
 
 def test_published_shapes_have_the_published_sizes():
     assert {name: read_shape(name).n_parameters for name in PUBLISHED} == PARAMETERS
+    positions = [read_shape(f"Qwen/Qwen2.5-7B{kind}").positions for kind in ("", "-Instruct")]
+    assert positions == [131072, 32768]
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -147,6 +147,17 @@ def test_an_environment_that_hangs_costs_its_own_episode(model, waiting):
     assert all("no answer to `" in one.error for one in played if one.seed in lost)
 
 
+def test_an_environment_that_cannot_be_made_in_time(model):
+    def make():
+        time.sleep(20)
+        return Pay()
+
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="could not be begun"):
+        play_model(*model, make, [0], env_timeout=0.1)
+    assert time.monotonic() - started < 15
+
+
 def test_by_default_it_is_not_waited_for_for_ever(model, monkeypatch):
     made = []
 
