@@ -49,6 +49,8 @@ def test_without_training(tmp_path):
     table = run(tmp_path, "--max_steps", 0, names=["none", "self_consistency=2"])
     assert list(table) == ["coverage", "regret", "invalid_rate"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["warmup"]
+    with pytest.raises(ValueError, match=r"agent 'GreedyAgent\(untried=0.0, epsilon=0.1\)', now .*epsilon=0.5"):
+        run(tmp_path, "--max_steps", 0, "--transcript_epsilon", 0.5, names=["none"])
 
 
 def test_the_model_plays_as_it_is_trained(tmp_path, monkeypatch):
