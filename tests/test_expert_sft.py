@@ -18,6 +18,7 @@ STAGES = ["start", "behaviour", "thought", "behaviour_rlft"]
 PLAYERS = ["random", "greedy", "ucb (expert)"]
 
 
+@pytest.mark.slow
 def test_every_stage_is_made_measured_and_kept(tmp_path):
     result = run("expert_sft.py", *SMALL, "--output_dir", tmp_path, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -157,6 +157,7 @@ def right_and_formed(dataset, n):
     return [[completion] * n for completion in dataset["completion"]]
 
 
+@pytest.mark.slow
 def test_all_stages_and_again(tmp_path, monkeypatch):
     module = recipe("r1")
     # A model of two epochs gets nothing right: its answers in this one stage are the given ones

@@ -162,7 +162,8 @@ def alone(model, tmp_path_factory):
 KINDS = {"cpu": "MULTI_CPU", "zero1": "DEEPSPEED", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED", "fsdp2": "FSDP"}
 
 
-@pytest.mark.parametrize("config", [pytest.param(c, marks=[pytest.mark.slow] * (c != "cpu")) for c in KINDS])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", KINDS)
 def test_two_processes_equal_one(config, model, alone, tmp_path):
     if KINDS[config] == "DEEPSPEED":
         pytest.importorskip("deepspeed")
